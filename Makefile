@@ -1,0 +1,37 @@
+# Two commands set everything up on a machine that has Python 3.11 and make:
+#   make demo   install, train, compare, say where the picture is
+#   make test   install, check style, types and layering, run the tests
+PYTHON ?= python3.11
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+
+.PHONY: demo test check bench clean
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.cli: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) --editable '.[cli]'
+	touch $@
+
+$(VENV)/.test: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) --editable '.[cli,test,lint]'
+	touch $@
+
+demo: $(VENV)/.cli
+	$(BIN)/torchnewton train --out runs/demo --overwrite
+	$(BIN)/torchnewton compare --methods newton,adam,sgd --seconds 8 --out runs/demo-compare --overwrite
+	@echo "Pictures: runs/demo/curves.png and runs/demo-compare/compare.html"
+
+check: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: check
+	$(BIN)/python -m pytest -n 2
+
+clean:
+	rm -rf $(VENV) runs .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,5 @@
+"""`python -m torchnewton` is the command `torchnewton`."""
+
+from torchnewton.cli import main
+
+main()

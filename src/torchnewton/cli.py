@@ -1,0 +1,168 @@
+"""The command line: parses arguments and prints. The work is done in `torchnewton.train`."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated
+
+EXTRA = ("typer", "rich", "matplotlib", "sklearn", "numpy", "jinja2")
+
+try:
+    import typer
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.progress import Progress
+    from rich.table import Table
+    from typer.exceptions import TyperException
+
+    from torchnewton.train.checkpoint import check_free, free_name, new_folder
+    from torchnewton.train.compare import HEADERS, compare, rows
+    from torchnewton.train.data import NAMES as DATA
+    from torchnewton.train.errors import UsageError
+    from torchnewton.train.methods import NAMES as METHODS
+    from torchnewton.train.models import NAMES as MODELS
+    from torchnewton.train.page import FILES, title, write_page
+    from torchnewton.train.runs import Settings, train_new, train_resumed
+except ModuleNotFoundError as error:
+    if error.name not in EXTRA:
+        raise
+    sys.exit(f"The command line needs {error.name}: pip install 'torchnewton[cli]'")
+
+app = typer.Typer(
+    help="Newton-type training for PyTorch.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Data = Annotated[str, typer.Option(help=f"The task: {', '.join(DATA)}.")]
+DataDir = Annotated[str, typer.Option(help="Folder of the standard files.")]
+Model = Annotated[str, typer.Option(help=f"{', '.join(MODELS)}; hidden sizes as in mlp:256-256.")]
+BatchSize = Annotated[int | None, typer.Option(help="Samples a step.", show_default="by method")]
+Seed = Annotated[int, typer.Option(help="Seed of parameters and shuffling.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 …")]
+Threads = Annotated[int, typer.Option(help="Threads of PyTorch.")]
+Out = Annotated[str | None, typer.Option(help="Folder to write.", show_default="runs/… with a number")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the files of an earlier run.")]
+
+
+@app.command("train")
+def train_command(
+    context: typer.Context,
+    data: Data = Settings.data,
+    data_dir: DataDir = Settings.data_dir,
+    model: Model = Settings.model,
+    method: Annotated[str, typer.Option(help=", ".join(METHODS))] = Settings.method,
+    lr: Annotated[
+        float | None, typer.Option(help="Rate of a first-order method.", show_default="by method")
+    ] = None,
+    batch_size: BatchSize = None,
+    epochs: Annotated[
+        int | None, typer.Option(help="Passes over the data.", show_default="by method")
+    ] = None,
+    seconds: Annotated[float | None, typer.Option(help="CPU seconds of training instead of epochs.")] = None,
+    seed: Seed = Settings.seed,
+    device: Device = Settings.device,
+    threads: Threads = Settings.threads,
+    out: Out = None,
+    overwrite: Overwrite = False,
+    resume: Annotated[str | None, typer.Option(help="Folder of a run to continue.", metavar="FOLDER")] = None,
+) -> int:
+    """Train a model. Without options: a small CNN on digits with Newton."""
+    if resume is not None:
+        fixed = [name for name in context.params if name not in ("resume", "epochs", "seconds")]
+        for name in fixed:
+            source = context.get_parameter_source(name)
+            if source is not None and source.name == "COMMANDLINE":
+                option = name.replace("_", "-")
+                raise UsageError(
+                    f"--{option} cannot change in a resumed run: only --epochs and --seconds can."
+                )
+        return train_resumed(resume, epochs, seconds, _console())
+    settings = Settings(data, data_dir, model, method, lr, batch_size, epochs, seconds, seed, device, threads)
+    return train_new(settings, out, overwrite, _console())
+
+
+@app.command("compare")
+def compare_command(
+    methods: Annotated[str, typer.Option(help=f"Some of {', '.join(METHODS)}.")] = "newton,adam,sgd",
+    data: Data = Settings.data,
+    data_dir: DataDir = Settings.data_dir,
+    model: Model = Settings.model,
+    batch_size: BatchSize = None,
+    seconds: Annotated[float, typer.Option(help="CPU seconds of training for each run.")] = 5.0,
+    seeds: Annotated[int, typer.Option(help="Seeds for each method.")] = 3,
+    target: Annotated[float | None, typer.Option(help="Test accuracy (0 to 1) or error to time.")] = None,
+    seed: Seed = Settings.seed,
+    device: Device = Settings.device,
+    threads: Threads = Settings.threads,
+    out: Out = None,
+    overwrite: Overwrite = False,
+) -> int:
+    """Compare methods on one task with equal time, first-order ones over five rates."""
+    if out is not None:
+        check_free(Path(out), overwrite)
+    settings = Settings(
+        data,
+        data_dir,
+        model,
+        batch_size=batch_size,
+        seconds=seconds,
+        seed=seed,
+        device=device,
+        threads=threads,
+    )
+    console = _console()
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("", total=1.0)
+
+        def on_run(label: str, fraction: float) -> None:
+            progress.update(task, description=label, completed=fraction)
+
+        names = [name.strip() for name in methods.split(",") if name.strip()]
+        command = "torchnewton " + shlex.join(sys.argv[1:])
+        try:
+            comparison = compare(settings, names, seeds, target, command, on_run)
+        except KeyboardInterrupt:
+            console.print("Interrupted: nothing was written.")
+            return 130
+    folder = Path(out) if out is not None else free_name(f"{comparison.data.name}-compare")
+    new_folder(folder, overwrite, FILES)
+    write_page(comparison, folder)
+    table = Table(title=title(comparison), title_justify="left", box=SIMPLE_HEAD, collapse_padding=True)
+    for header in HEADERS:
+        table.add_column(header, justify="left" if header == "method" else "right", no_wrap=True)
+    for row in rows(comparison):
+        table.add_row(*row)
+    console.print(table)
+    console.print(f"Saved in {folder}: {', '.join(FILES)}", soft_wrap=True)
+    return 0
+
+
+def _console() -> Console:
+    """The terminal, or a file with lines of 100 characters."""
+    return Console(width=None if sys.stdout.isatty() else 100)
+
+
+def run(arguments: list[str]) -> int:
+    """Runs the command line; returns its exit code, 2 with one sentence for what the user can put right."""
+    try:
+        code = app(arguments, prog_name="torchnewton", standalone_mode=False)
+    except UsageError as error:
+        message = str(error)
+    except TyperException as error:
+        message = error.format_message()
+    else:
+        return code or 0
+    print(message, file=sys.stderr)
+    return 2
+
+
+def main() -> None:
+    """The command `torchnewton`."""
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+    sys.exit(run(sys.argv[1:]))

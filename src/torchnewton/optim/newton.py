@@ -1,0 +1,257 @@
+"""The one step loop: record → solve → search → accept or reject → adapt the damping."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from torchnewton import vectors
+from torchnewton.curvature import Diagonal, GaussNewton, LinearOperator, forward_flops
+from torchnewton.globalization import Armijo, Damping, LevenbergMarquardt, LineSearch
+from torchnewton.optim.acceleration import GeodesicAcceleration
+from torchnewton.optim.point import Point
+from torchnewton.optim.report import StepReport
+from torchnewton.record import Closure, RecordError, Tape, record, warn_about_rest
+from torchnewton.solvers import Auto, Operator, Solver, SolveResult, Status
+from torchnewton.vectors import Vector
+
+Curvature = Callable[[Tape], LinearOperator]
+
+
+class Newton(Optimizer):
+    """Newton-type training: (A + λI)d = −g, θ ← θ + αd, nothing to tune.
+
+    A is the curvature of f at θ (default: the Gauss-Newton matrix), g its gradient, λ the damping, α a step length.
+    f is the loss as the closure returns it; `weight_decay` w, which may differ between parameter groups, adds ½w‖θ‖²
+    to objective, gradient and curvature.
+
+        loss = optimizer.step(closure)                    # the loss before the step
+        loss = optimizer.step(closure, curvature=other)   # curvature from another, usually smaller batch
+        optimizer.report                                  # what the step did
+
+    The closure may call `zero_grad()` and `backward()` as for `torch.optim.LBFGS`; it need not. It is run again
+    within a step at trial points, on the same random numbers and with BatchNorm statistics held.
+
+    A step whose loss, gradient, product or direction is not finite is rejected: parameters and buffers stay as they
+    were, bit for bit, λ is raised, and `report.status` says why.
+
+    Errors: `RecordError` for a closure that cannot be recorded, or whose loss changes between two runs on the same
+    random numbers (checked once, at the first step); `ValueError` for arguments.
+    Cost of a step: one gradient, the solve (`report.products` products of 4/3 gradients, or a factorization), and 1/3
+    of a gradient for each loss evaluation.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        *,
+        curvature: Curvature = GaussNewton,
+        solver: Solver | None = None,
+        damping: Damping | None = None,
+        line_search: LineSearch | None = None,
+        momentum: float = 0.0,
+        acceleration: GeodesicAcceleration | None = GeodesicAcceleration(),  # noqa: B008
+        retries: int = 0,
+        weight_decay: float = 0.0,
+    ) -> None:
+        name = type(self).__name__
+        if not weight_decay >= 0:
+            raise ValueError(f"{name}: weight_decay={weight_decay} must not be negative.")
+        if not 0 <= momentum < 1:
+            raise ValueError(f"{name}: momentum={momentum} must be at least 0 and less than 1.")
+        if retries < 0:
+            raise ValueError(f"{name}: retries={retries} must not be negative.")
+        super().__init__(params, {"weight_decay": weight_decay})
+        self.curvature = curvature
+        self.solver: Solver = Auto() if solver is None else solver
+        self.damping: Damping = LevenbergMarquardt() if damping is None else damping
+        self.line_search: LineSearch = Armijo() if line_search is None else line_search
+        self.momentum = momentum
+        self.acceleration = acceleration
+        self.retries = retries
+        self.report = StepReport()
+
+    def solver_at(self, num_steps: int) -> Solver:
+        """The solver of a step after `num_steps` others; a named method may change it on the way."""
+        return self.solver
+
+    def preconditioner(self, gradient: Vector, damping: float) -> Operator | None:
+        """An approximation of (A + λI)⁻¹ for an iterative solver; a named method may have one."""
+        return None
+
+    @torch.no_grad()
+    def step(self, closure: Closure | None = None, curvature: Closure | None = None) -> Any:
+        """Make one step and return the loss before it; see the class."""
+        if closure is None:
+            raise ValueError(
+                f"{type(self).__name__}.step needs a closure that returns the loss: optimizer.step(closure), as for "
+                "torch.optim.LBFGS."
+            )
+        pairs = [(p, group["weight_decay"]) for group in self.param_groups for p in group["params"] if p.requires_grad]
+        self.report = StepReport(damping=self._memory["damping"])
+        with self._timed("record"):
+            point = Point(closure, [p for p, _ in pairs], [w for _, w in pairs], create_graph=self._memory["products"])
+        try:
+            self._check_repeatable(point)
+            failure = self._advance(point, curvature)
+        except BaseException:
+            point.undo()
+            raise
+        if failure:
+            point.undo()
+            self._reject(failure)
+        else:
+            point.settle()
+        returned = point.tape.returned
+        return returned.detach() if isinstance(returned, Tensor) else returned
+
+    def _advance(self, point: Point, curvature: Closure | None) -> str:
+        """Solve and search; returns why the step must be rejected, or nothing."""
+        report, memory = self.report, self._memory
+        report.loss, report.gradient_norm = point.loss, vectors.norm(point.gradient)
+        if not math.isfinite(point.value):
+            return "the loss is not finite"
+        if not math.isfinite(report.gradient_norm):
+            return "the gradient is not finite"
+        average, gradient = self._averaged(point)
+        with self._timed("record"):
+            A = self._operator(point, curvature)
+        solver = self.solver_at(memory["step"])
+        for _ in range(1 + self.retries):
+            with self._timed("solve"):
+                result = self._solve(solver, A, gradient)
+            if result.status is Status.NOT_FINITE or not vectors.is_finite(result.solution):
+                return Status.NOT_FINITE.value
+            with self._timed("search"):
+                self._search(point, gradient, result)
+            if report.accepted:
+                break
+        report.gradient_equivalents += self._equivalents(point, A)
+        memory["step"] += 1
+        if self.momentum:
+            for p, m in zip(point.params, average, strict=True):
+                self.state[p]["momentum"] = m
+        return ""
+
+    def _averaged(self, point: Point) -> tuple[Vector, Vector]:
+        """The running average m of gradients, and m / (1 − βᵗ)."""
+        if not self.momentum:
+            return [], point.gradient
+        beta, t = self.momentum, self._memory["step"] + 1
+        old = [self.state[p].get("momentum", torch.zeros_like(p)) for p in point.params]
+        average = vectors.add(vectors.scale(old, beta), point.gradient, 1 - beta)
+        return average, vectors.scale(average, 1 / (1 - beta**t))
+
+    def _operator(self, point: Point, curvature: Closure | None) -> LinearOperator:
+        """The curvature of the objective, from the step's own tape or from another closure's."""
+        tape = point.tape
+        if curvature is not None:
+            tape = record(curvature, point.params)
+            point.settled_by(tape)
+        if tape.has_rest and not self._memory["warned"]:
+            self._memory["warned"] = True
+            warn_about_rest()
+        A = self.curvature(tape)
+        if len(set(point.weight_decay)) == 1:
+            return A + point.weight_decay[0] if point.weight_decay[0] else A
+        if any(point.weight_decay):
+            A = A + Diagonal([torch.full_like(p, w) for p, w in zip(point.params, point.weight_decay, strict=True)])
+        return A
+
+    def _solve(self, solver: Solver, A: LinearOperator, gradient: Vector) -> SolveResult:
+        report, damping = self.report, self._memory["damping"]
+        preconditioner = self.preconditioner(gradient, damping)
+        result = solver.solve(A + damping, vectors.scale(gradient, -1.0), preconditioner=preconditioner)
+        report.damping = damping
+        report.solver = result.method
+        report.status = result.status.value
+        report.inner_iterations += result.num_iterations
+        report.products += result.num_products
+        self._memory["products"] = result.num_products > 0
+        return result
+
+    def _search(self, point: Point, gradient: Vector, result: SolveResult) -> None:
+        """Judge the direction, choose a step length, move if it is accepted, adapt λ."""
+        report, rule, d = self.report, self.damping, result.solution
+        slope = vectors.dot(gradient, d)
+        damping_term = report.damping * vectors.dot(d, d)
+        curved = -slope - vectors.dot(result.residual, d)  # dᵀ(A + λI)d, from the residual b − (A + λI)d
+        if not rule.damped_model:
+            curved -= damping_term
+
+        def evaluate(step_length: float) -> float:
+            report.loss_evaluations += 1
+            return point.evaluate(d, step_length)
+
+        if not slope < 0:
+            report.status = f"no descent direction was found: {result.status.value}"
+            report.accepted, report.step_length = False, 0.0
+            self._memory["damping"] = rule.raised(report.damping)
+            return
+        if self.acceleration is not None and result.reuse is not None:
+            d = self.acceleration.corrected(point, d, result.reuse)
+            report.loss_evaluations += 2
+        full = evaluate(1.0)
+        found = self.line_search.search(evaluate, point.value, slope, full)
+        alpha, value = (1.0, full) if rule.full_step else (found.step_length, found.value)
+        report.predicted_reduction = -(alpha * slope + 0.5 * alpha**2 * curved)
+        report.actual_reduction = point.value - value
+        report.reduction_ratio = report.actual_reduction / report.predicted_reduction
+        report.accepted, report.step_length = found.accepted, found.step_length
+        if found.accepted:
+            point.move(d, found.step_length)
+            self._memory["value"] = found.value
+            self._memory["damping"] = rule.update(report.damping, report.reduction_ratio, self._memory["step"] + 1)
+        else:
+            report.status, report.step_length = "no step length gave a sufficient decrease", 0.0
+            self._memory["damping"] = rule.raised(report.damping)
+
+    def _reject(self, reason: str) -> None:
+        self.report.status = f"rejected: {reason}"
+        self.report.accepted = False
+        self._memory["damping"] = self.damping.raised(self._memory["damping"])
+
+    def _check_repeatable(self, point: Point) -> None:
+        """At the first step: the closure must give the same loss again."""
+        if self._memory["checked"] or not math.isfinite(point.loss):
+            return
+        again = point.tape.evaluate()
+        tolerance = torch.finfo(point.params[0].dtype).eps ** 0.5 * max(abs(point.loss), 1e-8)
+        if not abs(again - point.loss) <= tolerance:
+            raise RecordError(
+                f"the closure gave {point.loss:.8g} and then {again:.8g} at the same parameters and the same random "
+                "numbers: a Newton step evaluates it several times, so draw the batch before step() and keep it fixed "
+                "inside the closure."
+            )
+        self._memory["checked"] = True
+
+    def _equivalents(self, point: Point, A: LinearOperator) -> float:
+        """The step's work in gradients, see `StepReport`."""
+        report = self.report
+        passes = 1 + report.loss_evaluations / 3 + report.products * 4 / 3
+        if report.products:
+            return passes
+        return passes + A.dense_flops / max(3 * forward_flops(point.tape), 1.0)
+
+    @property
+    def _memory(self) -> dict[str, Any]:
+        """What the optimizer remembers between steps; kept, as in `torch.optim.LBFGS`, with the first parameter."""
+        state: dict[str, Any] = self.state[self.param_groups[0]["params"][0]]
+        if "damping" not in state:
+            state.update(step=0, damping=self.damping.start(), value=math.nan, products=False, checked=False, warned=False)
+        return state
+
+    @contextmanager
+    def _timed(self, part: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.report.seconds[part] = self.report.seconds.get(part, 0.0) + time.perf_counter() - start

@@ -1,0 +1,93 @@
+"""Where a step starts: the objective, its gradient, and trials around it that leave no trace."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from torch import Tensor
+
+from torchnewton import vectors
+from torchnewton.record import Closure, Tape, record
+from torchnewton.vectors import Vector
+
+
+class Point:
+    """The objective F(θ) = f(θ) + ½Σ w‖θ‖² recorded at the parameters' values, w the weight decay of each parameter.
+
+    `loss` is f, `value` is F, `gradient` is ∇F. Parameters change in `move` only. BatchNorm and other buffers have
+    moved once, in the recorded run; `settle` puts them there again whatever ran since, `undo` puts them back to where
+    they were before it.
+    """
+
+    def __init__(
+        self, closure: Closure, params: Sequence[Tensor], weight_decay: Sequence[float], *, create_graph: bool = True
+    ) -> None:
+        self.params = list(params)
+        self.weight_decay = list(weight_decay)
+        self.tape = record(closure, self.params, create_graph=create_graph)
+        self._settled = [self.tape.buffers.renewed()]
+        self.loss = float(self.tape.loss)
+        self.value = self.loss + self._penalty()
+        self.gradient: Vector = [
+            g if w == 0 else g + w * p.detach()
+            for g, p, w in zip(self.tape.gradient, self.params, self.weight_decay, strict=True)
+        ]
+
+    def _penalty(self) -> float:
+        return sum(
+            0.5 * w * vectors.dot([p.detach()], [p.detach()])
+            for p, w in zip(self.params, self.weight_decay, strict=True)
+            if w
+        )
+
+    def evaluate(self, direction: Sequence[Tensor], step_length: float) -> float:
+        """F(θ + αd)."""
+        with self._moved(direction, step_length):
+            return self.tape.evaluate() + self._penalty()
+
+    def outputs(self, direction: Sequence[Tensor], step_length: float) -> list[Tensor]:
+        """The outputs z at θ + αd."""
+        with self._moved(direction, step_length):
+            return self.tape.evaluate_outputs()
+
+    def pull_back(self, u: Sequence[Tensor]) -> Vector:
+        """JᵀBu."""
+        total = vectors.zeros_like(self.params)
+        start = 0
+        for term in self.tape.terms:
+            stop = start + len(term.outputs)
+            vectors.add_(total, term.jacobian_adjoint(term.hessian_product(u[start:stop])))
+            start = stop
+        return total
+
+    @contextmanager
+    def _moved(self, direction: Sequence[Tensor], step_length: float) -> Iterator[None]:
+        """Parameters at θ + αd inside, put back bit for bit after."""
+        kept = vectors.clone(self.params)
+        try:
+            # through .data: the recorded graph stays valid, since the values it saved come back
+            for p, d in zip(self.params, direction, strict=True):
+                p.data.add_(d, alpha=step_length)
+            yield
+        finally:
+            for p, k in zip(self.params, kept, strict=True):
+                p.data.copy_(k)
+
+    def move(self, direction: Sequence[Tensor], step_length: float) -> None:
+        """θ ← θ + αd."""
+        vectors.add_(self.params, direction, step_length)
+
+    def settle(self) -> None:
+        """Buffers as the recorded run left them."""
+        for snapshot in self._settled:
+            snapshot.restore()
+
+    def settled_by(self, tape: Tape) -> None:
+        """Buffers that another recorded run has moved are put back, too."""
+        self._settled.append(tape.buffers)
+
+    def undo(self) -> None:
+        """Buffers as they were before the recorded run."""
+        self.settle()
+        self.tape.buffers.restore()

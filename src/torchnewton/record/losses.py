@@ -1,0 +1,80 @@
+"""Which calls of torch are losses, and where each of them splits: loss = ℓ(z)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.graph import Node
+
+Function = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class LossRule:
+    """How a loss call splits.
+
+    `arguments` are the names of its leading arguments that count as outputs z; ℓ is convex in all of them together.
+    `activations`, where given, are the functions whose input is the better split: a loss that is linear in a
+    log-probability has no curvature there, so z is the input of the log-softmax that feeds it.
+    """
+
+    arguments: tuple[str, ...] = ("input",)
+    activations: frozenset[Function] = frozenset()
+    linear: bool = False
+
+
+SOFTMAX = frozenset(
+    {F.log_softmax, torch.log_softmax, Tensor.log_softmax, F.softmax, torch.softmax, Tensor.softmax}
+)
+SIGMOID = frozenset({F.sigmoid, torch.sigmoid, Tensor.sigmoid, torch.special.expit})
+ACTIVATIONS = SOFTMAX | SIGMOID
+
+_BOTH = LossRule(("input", "target"))
+LOSSES: Mapping[Function, LossRule] = {
+    F.cross_entropy: LossRule(),
+    F.mse_loss: _BOTH,
+    F.huber_loss: _BOTH,
+    F.smooth_l1_loss: _BOTH,
+    F.binary_cross_entropy_with_logits: LossRule(),
+    F.poisson_nll_loss: LossRule(),
+    F.gaussian_nll_loss: LossRule(),
+    F.soft_margin_loss: LossRule(),
+    F.nll_loss: LossRule(activations=SOFTMAX, linear=True),
+    F.kl_div: LossRule(activations=SOFTMAX, linear=True),
+    F.binary_cross_entropy: LossRule(activations=SIGMOID),
+}
+
+
+def split_inputs(
+    rule: LossRule,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    activations: Mapping[Node, tuple[Function, Tensor]],
+) -> list[Tensor]:
+    """The tensors z of one loss call: its differentiable arguments, or the input of the activation that feeds it."""
+    values = [args[i] if i < len(args) else kwargs.get(name) for i, name in enumerate(rule.arguments)]
+    tensors = [value for value in values if isinstance(value, Tensor) and value.requires_grad]
+    if not rule.activations or not tensors:
+        return tensors
+    source = _activation_behind(tensors[0], rule.activations, activations)
+    if source is not None:
+        return [source]
+    return [] if rule.linear else tensors
+
+
+def _activation_behind(
+    tensor: Tensor, wanted: frozenset[Function], activations: Mapping[Node, tuple[Function, Tensor]]
+) -> Tensor | None:
+    """Follow single-input operations (views, casts, log …) back from `tensor` to a wanted activation's input."""
+    node = tensor.grad_fn
+    while node is not None:
+        if node in activations and activations[node][0] in wanted:
+            return activations[node][1]
+        parents = [parent for parent, _ in node.next_functions if parent is not None]
+        node = parents[0] if len(parents) == 1 else None
+    return None

@@ -1,0 +1,194 @@
+"""The mode that watches a closure run: loss calls, backward calls, and calls that use a parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.graph import Node
+from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function_unary
+
+from torchnewton.record.errors import RecordError
+from torchnewton.record.losses import ACTIVATIONS, LOSSES, Function, split_inputs
+from torchnewton.record.term import Candidate, Term
+
+_BACKWARD = {Tensor.backward, torch.autograd.backward}
+_EMBEDDINGS = {F.embedding, F.embedding_bag}
+_RECURRENT = {torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu}
+
+
+def outputs(z: Tensor) -> Tensor:
+    """Mark the network outputs z of a custom convex loss and return them unchanged.
+
+        loss = my_loss(tn.outputs(model(x)), y)
+
+    Everything between z and the loss counts as ℓ(z); the Gauss-Newton matrix is JᵀBJ with J = ∂z/∂θ and B = ∂²ℓ/∂z².
+    A torch loss that is called on marked outputs is part of that ℓ. Outside of a recording nothing happens.
+    """
+    if has_torch_function_unary(z):
+        marked: Tensor = handle_torch_function(outputs, (z,), z)
+        return marked
+    return z
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """One call of a torch function that used parameters: the layer's input, output and live parameters."""
+
+    function: Function
+    parameters: tuple[Tensor, ...]
+    input: Tensor | None
+    output: Tensor
+
+
+def tensors_in(values: Sequence[Any] | Mapping[str, Any]) -> Iterator[Tensor]:
+    """The tensors among call arguments, one level of lists and tuples deep."""
+    for value in values.values() if isinstance(values, Mapping) else values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from (item for item in value if isinstance(item, Tensor))
+
+
+class Watcher(TorchFunctionMode):
+    """Intercepts what every run of a closure needs: `backward` calls become terms of the objective, nothing more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backward_values: list[Tensor] = []
+
+    def __torch_function__(
+        self, func: Function, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """See `torch.overrides.TorchFunctionMode`."""
+        kwargs = kwargs or {}
+        if func in _BACKWARD:
+            for loss, weight in _backward_arguments(func, args, kwargs):
+                self.backward_values.append((loss.detach() * weight).sum())
+                self.on_backward(loss, weight)
+            return None
+        if func in _RECURRENT:  # cuDNN's recurrent kernels have no second derivative
+            with torch.backends.cudnn.flags(enabled=False):
+                return self.on_call(func, args, kwargs)
+        return self.on_call(func, args, kwargs)
+
+    def on_backward(self, loss: Tensor, weight: Tensor) -> None:
+        """A `backward` call was made."""
+
+    def on_call(self, func: Function, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """Any other call was made: run it."""
+        return args[0] if func is outputs else func(*args, **kwargs)
+
+
+class Recorder(Watcher):
+    """Keeps what the tape needs from the first run of a closure."""
+
+    def __init__(self, params: Sequence[Tensor], create_graph: bool) -> None:
+        super().__init__()
+        self.params = list(params)
+        self.create_graph = create_graph
+        self.candidates: list[Candidate] = []
+        self.marked: list[Tensor] = []
+        self.layer_calls: list[LayerCall] = []
+        self.terms: list[Term] = []
+        self.differentiates_parameters = False
+        self._ids = {id(p) for p in params}
+        self._activations: dict[Node, tuple[Function, Tensor]] = {}
+
+    def on_backward(self, loss: Tensor, weight: Tensor) -> None:
+        """Differentiate at once, since the closure may read `param.grad` next."""
+        term = self.add_term(loss, weight)
+        for p, g in zip(self.params, term.gradient, strict=True):
+            if g is not None:
+                p.grad = g.detach().clone() if p.grad is None else p.grad + g.detach()
+
+    def add_term(self, loss: Tensor, weight: Tensor) -> Term:
+        """Add ⟨weight, loss⟩ to the objective."""
+        term = Term(loss, weight, self.candidates, self.marked, self.params, self.create_graph)
+        self.terms.append(term)
+        return term
+
+    def on_call(self, func: Function, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """Run the call and keep it if it is a loss, an activation in front of one, or uses a parameter."""
+        if func is torch.autograd.grad:
+            self.differentiates_parameters |= self._uses_parameter(args[1:2], kwargs)
+        elif func in _EMBEDDINGS and kwargs.get("sparse", len(args) > 6 and args[6]):
+            raise RecordError(
+                "an embedding with sparse=True gives sparse gradients, which have no curvature products: build it "
+                "with sparse=False."
+            )
+        result = super().on_call(func, args, kwargs)
+        if not isinstance(result, (Tensor, tuple)):
+            return result
+        if func is outputs:
+            self.marked.append(result)
+        elif func in LOSSES and result.requires_grad:
+            inputs = split_inputs(LOSSES[func], args, kwargs, self._activations)
+            if inputs:
+                self.candidates.append(Candidate(func.__name__, inputs, result))
+        elif func in ACTIVATIONS and result.grad_fn is not None:
+            self._activations[result.grad_fn] = (func, args[0] if args else kwargs["input"])
+        elif self._uses_parameter(args, kwargs):
+            self._keep_layer(func, args, kwargs, result)
+        return result
+
+    def _uses_parameter(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+        ids = self._ids
+        return any(id(t) in ids for t in tensors_in(args)) or any(id(t) in ids for t in tensors_in(kwargs))
+
+    def _keep_layer(
+        self, func: Function, args: Sequence[Any], kwargs: Mapping[str, Any], result: Tensor | tuple[Any, ...]
+    ) -> None:
+        output = result if isinstance(result, Tensor) else next(tensors_in(result), None)
+        if output is None or not output.requires_grad or output.grad_fn is None:
+            return
+        tensors = [*tensors_in(args), *tensors_in(kwargs)]
+        used = tuple(t for t in tensors if id(t) in self._ids)
+        others = (t for t in tensors if id(t) not in self._ids)
+        self.layer_calls.append(LayerCall(func, used, next(others, None), output))
+
+
+def _backward_arguments(
+    func: Function, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The losses of a `Tensor.backward` or `torch.autograd.backward` call with their weights."""
+    if kwargs.get("inputs") is not None:
+        raise RecordError(
+            "backward(inputs=...) inside the closure is not supported: call loss.backward(), the optimizer "
+            "differentiates with respect to its own parameters only."
+        )
+    names = ("gradient",) if func is Tensor.backward else ("grad_tensors", "grad_variables")
+    losses = args[0] if args else kwargs.get("tensors", kwargs.get("self"))
+    weights = args[1] if len(args) > 1 else next((kwargs[n] for n in names if kwargs.get(n) is not None), None)
+    losses = [losses] if isinstance(losses, Tensor) else list(losses)
+    weights = [weights] * len(losses) if weights is None or isinstance(weights, Tensor) else list(weights)
+    for loss, weight in zip(losses, weights, strict=True):
+        if weight is None and loss.numel() != 1:
+            raise RecordError(f"backward() was called on a tensor of shape {tuple(loss.shape)}: reduce it to a scalar loss.")
+        yield loss, torch.ones_like(loss) if weight is None else weight
+
+
+@contextmanager
+def refuse_grad_scaler() -> Iterator[None]:
+    """Let `GradScaler.scale` inside a closure say why it cannot be used."""
+    scaler = torch.amp.GradScaler
+    original = scaler.scale
+
+    def scale(self: torch.amp.GradScaler, losses: Any) -> Any:
+        if self.is_enabled():
+            raise RecordError(
+                "torch.amp.GradScaler scales the loss, which a Newton step cannot use: take bfloat16 autocast, which "
+                "needs no scaler, or GradScaler(enabled=False)."
+            )
+        return original(self, losses)
+
+    setattr(scaler, "scale", scale)
+    try:
+        yield
+    finally:
+        setattr(scaler, "scale", original)

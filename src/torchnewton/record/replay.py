@@ -1,0 +1,170 @@
+"""Running a closure again: same random numbers, buffers and gradients put back, no graph of the parameters."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+from torchnewton.record.errors import RecordError
+
+Closure = Callable[[], Any]
+
+
+class RandomState:
+    """The state of every generator a closure may draw from: torch (CPU and the given GPUs), `random`, NumPy."""
+
+    def __init__(self, devices: Sequence[torch.device] = ()) -> None:
+        self._torch = torch.get_rng_state()
+        self._cuda = {d: torch.cuda.get_rng_state(d) for d in devices if d.type == "cuda"}
+        self._python = random.getstate()
+        numpy = sys.modules.get("numpy")
+        self._numpy = numpy.random.get_state() if numpy is not None else None
+
+    def restore(self) -> None:
+        """Set every generator back."""
+        torch.set_rng_state(self._torch)
+        for device, state in self._cuda.items():
+            torch.cuda.set_rng_state(state, device)
+        random.setstate(self._python)
+        if self._numpy is not None:
+            sys.modules["numpy"].random.set_state(self._numpy)
+
+
+Buffers = dict[tuple[nn.Module, str], Tensor]
+
+
+@contextmanager
+def on_first_call(visit: Callable[[nn.Module], None]) -> Iterator[None]:
+    """Call `visit` with every module that is called inside and with its parts, before the first call.
+
+    The optimizer knows parameters only; a global forward pre-hook finds the modules that keep buffers.
+    """
+    seen: set[nn.Module] = set()
+
+    def hook(module: nn.Module, _: Any) -> None:
+        if module not in seen:
+            for part in module.modules():
+                if part not in seen:
+                    seen.add(part)
+                    visit(part)
+
+    handle = register_module_forward_pre_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+class BufferSnapshot:
+    """The buffers of the modules called inside `watch()`, as they were before the first call."""
+
+    def __init__(self) -> None:
+        self.saved: list[tuple[nn.Module, str, Tensor, Tensor, int]] = []
+
+    @contextmanager
+    def watch(self) -> Iterator[None]:
+        """Copy the buffers of every module that is called inside."""
+        with on_first_call(self._add):
+            yield
+
+    def _add(self, module: nn.Module) -> None:
+        _refuse_fsdp(module)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                self.saved.append((module, name, buffer, buffer.detach().clone(), buffer._version))
+
+    def renewed(self) -> BufferSnapshot:
+        """A snapshot of the same modules as they are now."""
+        now = BufferSnapshot()
+        for module in {id(entry[0]): entry[0] for entry in self.saved}.values():
+            now._add(module)
+        return now
+
+    def restore(self) -> None:
+        """Put back what has changed, bit for bit."""
+        with torch.no_grad():
+            for module, name, buffer, value, version in self.saved:
+                module._buffers[name] = buffer
+                if buffer._version != version:
+                    buffer.copy_(value)
+
+
+@contextmanager
+def scratch_buffers() -> Iterator[None]:
+    """Let modules called inside work on copies of their buffers.
+
+    The buffers themselves are not written to: a recorded graph may need them as they are.
+    """
+    originals: Buffers = {}
+
+    def swap(module: nn.Module) -> None:
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                originals[module, name] = buffer
+                module._buffers[name] = buffer.detach().clone()
+
+    try:
+        with on_first_call(swap):
+            yield
+    finally:
+        for (module, name), buffer in originals.items():
+            module._buffers[name] = buffer
+
+
+def _refuse_fsdp(module: nn.Module) -> None:
+    """FSDP keeps sharded parameters out of the autograd graph: no product with the curvature is possible."""
+    if any(base.__name__ in ("FSDPModule", "FullyShardedDataParallel") for base in type(module).__mro__):
+        raise RecordError(
+            f"{type(module).__name__} is managed by FSDP: its sharded parameters are not in the autograd graph, so no "
+            "curvature product exists. Use DistributedDataParallel or tensor parallelism (DTensor parameters) instead."
+        )
+
+
+@contextmanager
+def differentiable_kernels() -> Iterator[None]:
+    """Choose implementations that can be differentiated twice: eager code and plain attention."""
+    with ExitStack() as stack:
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        if "torch._dynamo" in sys.modules:
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        yield
+
+
+@contextmanager
+def without_graph(params: Sequence[Tensor]) -> Iterator[None]:
+    """Parameters that require no gradient, so that a forward pass keeps no graph of them.
+
+    Unlike `torch.no_grad` this leaves derivatives with respect to the inputs alive (physics-informed losses) and
+    holds inside `torch.enable_grad` as well. `param.grad` is put back at the end.
+    """
+    saved = [(p, p.requires_grad, p.grad) for p in params]
+    try:
+        for p in params:
+            p.grad = None
+            p.requires_grad_(False)
+        yield
+    finally:
+        for p, requires_grad, grad in saved:
+            p.requires_grad_(requires_grad)
+            p.grad = grad
+
+
+@contextmanager
+def kept_gradients(params: Sequence[Tensor]) -> Iterator[None]:
+    """Put `param.grad` back at the end."""
+    saved = [(p, p.grad) for p in params]
+    try:
+        for p in params:
+            p.grad = None
+        yield
+    finally:
+        for p, grad in saved:
+            p.grad = grad

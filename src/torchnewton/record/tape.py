@@ -1,0 +1,185 @@
+"""`record`: one run of an unchanged closure gives a tape."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchnewton.record.errors import RecordError
+from torchnewton.record.recorder import LayerCall, Recorder, Watcher, refuse_grad_scaler
+from torchnewton.record.replay import (
+    BufferSnapshot,
+    Closure,
+    RandomState,
+    differentiable_kernels,
+    kept_gradients,
+    scratch_buffers,
+    without_graph,
+)
+from torchnewton.record.samples import NotPerSampleError, PerSample, Replay
+from torchnewton.record.term import Candidate, Piece, Term
+
+
+@dataclass(frozen=True, eq=False)
+class Tape:
+    """What one run of a closure leaves: the loss, its gradient, and where the loss splits into ℓ(z).
+
+    The objective is a sum of `terms`, one for each `backward` call of the closure, or the returned loss alone. The
+    tape keeps the graph alive: drop it when the step is done.
+    """
+
+    closure: Closure
+    params: list[Tensor]
+    terms: list[Term]
+    candidates: list[Candidate]
+    marked: list[Tensor]
+    layer_calls: list[LayerCall]
+    returned: Any
+    random_state: RandomState
+    buffers: BufferSnapshot
+    differentiates_parameters: bool
+
+    @cached_property
+    def loss(self) -> Tensor:
+        """f as a detached scalar."""
+        return torch.stack([term.value for term in self.terms]).sum()
+
+    @cached_property
+    def gradient(self) -> list[Tensor]:
+        """∇f, detached, zeros for unused parameters."""
+        total = [torch.zeros_like(p) for p in self.params]
+        for term in self.terms:
+            for t, g in zip(total, term.gradient, strict=True):
+                if g is not None:
+                    t += g.detach()
+        return total
+
+    @property
+    def pieces(self) -> list[Piece]:
+        """The losses ℓ(z) with their weights ∂f/∂ℓ."""
+        return [piece for term in self.terms for piece in term.pieces]
+
+    @property
+    def outputs(self) -> list[Tensor]:
+        """The tensors z, in the order of the terms."""
+        return [z for term in self.terms for z in term.outputs]
+
+    @property
+    def has_rest(self) -> bool:
+        """Whether part of the loss reaches the parameters beside the outputs."""
+        return any(term.rest for term in self.terms)
+
+    def require_split(self) -> None:
+        """Raise `RecordError` unless every term has outputs."""
+        if not all(term.outputs for term in self.terms):
+            raise RecordError(
+                "no split of the loss into outputs and a convex loss was found, which a Gauss-Newton matrix needs. "
+                "Either compute the loss with a loss of torch.nn.functional (cross_entropy, mse_loss, "
+                "binary_cross_entropy_with_logits, huber_loss, nll_loss after log_softmax, …), or mark the network's "
+                "outputs: loss = my_loss(tn.outputs(model(x)), y)."
+            )
+
+    def evaluate(self) -> float:
+        """f at the parameters' present values, on the same random numbers, leaving no trace."""
+        watcher = Watcher()
+        returned = self._replay(watcher)
+        if watcher.backward_values:
+            return float(torch.stack(watcher.backward_values).sum())
+        return float(returned.detach() if isinstance(returned, Tensor) else returned)
+
+    def evaluate_outputs(self) -> list[Tensor]:
+        """The outputs z at the parameters' present values, likewise."""
+        replay = Replay(self.params)
+        self._replay(replay, graph=True)
+        return [z.detach() for z in self._counterparts(replay)]
+
+    def per_sample(self) -> tuple[list[Tensor], PerSample]:
+        """The outputs once more, and the replay that takes them apart into samples.
+
+        Raises `NotPerSampleError` where a call cannot be taken apart. Whether the samples are independent is for the
+        caller to check.
+        """
+        replay = PerSample(self.params)
+        try:
+            self._replay(replay)
+            return self._counterparts(replay), replay
+        except (RuntimeError, ValueError, IndexError, TypeError) as error:
+            raise NotPerSampleError(str(error).split("\n")[0]) from error
+
+    def _counterparts(self, replay: Replay) -> list[Tensor]:
+        """The tensors of a replay that stand where the outputs stood in the recorded run."""
+        before = [z for c in self.candidates for z in c.outputs] + self.marked
+        after = [z for c in replay.candidates for z in c.outputs] + replay.marked
+        if [z.shape for z in before] != [z.shape for z in after]:
+            raise RecordError("the losses of the closure differ from those of its recorded run")
+        again = {id(z): y for z, y in zip(before, after, strict=True)}
+        return [again[id(z)] for z in self.outputs]
+
+    def _replay(self, watcher: Watcher, graph: bool = False) -> Any:
+        """Run the closure under `watcher`; buffers, gradients and random state are put back."""
+        now = RandomState([p.device for p in self.params])
+        still = kept_gradients if graph or self.differentiates_parameters else without_graph
+        self.random_state.restore()
+        try:
+            with torch.enable_grad(), still(self.params), scratch_buffers(), differentiable_kernels(), watcher:
+                return self.closure()
+        finally:
+            now.restore()
+
+
+def record(closure: Closure, params: Sequence[Tensor], *, create_graph: bool = True) -> Tape:
+    """Run `closure` once, unchanged, and keep what Newton-type methods need.
+
+    The closure returns the scalar loss f. It may call `zero_grad()` and `backward()`; then `param.grad` is filled as
+    `backward` would, and several `backward` calls add up to the objective. Parameters are `params`, nothing else is
+    differentiated.
+
+    With `create_graph` the backward pass keeps its own graph, so that the first curvature product costs no more than
+    the others; without it the first product pays for one more backward pass.
+
+    Cost: one gradient. Memory: the graph of the loss, with `create_graph` about twice that.
+
+    Raises `RecordError` with the way out when the closure cannot be recorded, and lets the closure's own exceptions
+    pass. A loss without a split is recorded: only a Gauss-Newton matrix of it raises.
+    """
+    params = list(params)
+    recorder = Recorder(params, create_graph)
+    buffers = BufferSnapshot()
+    random_state = RandomState([p.device for p in params])
+    try:
+        with torch.enable_grad(), buffers.watch(), differentiable_kernels(), refuse_grad_scaler():
+            with recorder:
+                returned = closure()
+            if not recorder.terms:
+                loss = _scalar(returned)
+                recorder.add_term(loss, torch.ones_like(loss))
+    except BaseException:
+        buffers.restore()
+        raise
+    return Tape(
+        closure=closure,
+        params=params,
+        terms=recorder.terms,
+        candidates=recorder.candidates,
+        marked=recorder.marked,
+        layer_calls=recorder.layer_calls,
+        returned=returned,
+        random_state=random_state,
+        buffers=buffers,
+        differentiates_parameters=recorder.differentiates_parameters,
+    )
+
+
+def _scalar(value: Any) -> Tensor:
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        kind = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise RecordError(
+            f"the closure returned {kind}: return the scalar loss, computed from the parameters (loss, not loss.item(), "
+            "unless the closure calls loss.backward() itself)."
+        )
+    return value

@@ -1,0 +1,60 @@
+"""What every solver returns, and what it takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from torchnewton.vectors import Vector
+
+
+class Status(Enum):
+    """How a solve ended; the value is the sentence for the user."""
+
+    CONVERGED = "the residual met the tolerance"
+    PROGRESS = "the quadratic model stopped decreasing"
+    MAX_ITERATIONS = "the iteration limit was reached"
+    NEGATIVE_CURVATURE = "a direction of negative curvature was met"
+    NOT_POSITIVE_DEFINITE = "the matrix is not positive definite: raise the damping"
+    NOT_FINITE = "a product with the curvature was not finite"
+
+
+@dataclass(frozen=True)
+class SolveResult:
+    """The solution x of Ax = b as far as it was found, with its residual b − Ax.
+
+    `negative_curvature` is a direction p with pᵀAp ≤ 0 where one was met. `method` names the solver, and the reason
+    where one was chosen. `reuse` solves for another right-hand side with the same factorization, where there is one.
+    """
+
+    solution: Vector
+    residual: Vector
+    residual_norm: float
+    status: Status
+    num_iterations: int
+    num_products: int = 0
+    negative_curvature: Vector | None = None
+    method: str = ""
+    reuse: Callable[[Vector], Vector] | None = None
+
+
+class Operator(Protocol):
+    """Anything with `A @ v`: an operator of `torchnewton.curvature`, or a plain matrix for flat vectors."""
+
+    def __matmul__(self, v: Any, /) -> Any:
+        """The product."""
+        ...
+
+
+class Solver(Protocol):
+    """A frozen configuration that solves Ax = b."""
+
+    def solve(
+        self, A: Operator, b: Sequence[Tensor], x0: Sequence[Tensor] | None = None, preconditioner: Operator | None = None
+    ) -> SolveResult:
+        """Solve Ax = b from x0 (default 0); `preconditioner @ r` approximates A⁻¹r."""
+        ...

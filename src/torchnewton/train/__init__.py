@@ -1,0 +1,1 @@
+"""What a run on the command line needs: data, models, methods, loop, run folder and comparison."""

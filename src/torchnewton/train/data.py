@@ -1,0 +1,258 @@
+"""Tasks by name: every reader returns one `Dataset` of tensors in memory."""
+
+from __future__ import annotations
+
+import gzip
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from torchnewton.train.errors import UsageError
+
+SPLIT_SEED = 0  # splits and noise belong to the task, not to the run's seed
+WINDOW = 64  # characters a text model sees
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A task: training and test tensors, and what is to be predicted.
+
+    Inputs are images `(N, C, H, W)`, features `(N, features)` or character numbers `(N, window)`; targets are
+    class numbers `(N,)`, values `(N, 1)` or next characters `(N, window)`. `num_classes` is 0 for regression.
+    """
+
+    name: str
+    kind: Literal["classification", "regression", "text"]
+    x_train: Tensor
+    y_train: Tensor
+    x_test: Tensor
+    y_test: Tensor
+    num_classes: int = 0
+
+    @property
+    def is_image(self) -> bool:
+        """Whether the inputs are images."""
+        return self.x_train.ndim == 4
+
+    @property
+    def metric(self) -> str:
+        """The name of the test metric: `accuracy`, or `mse` for regression."""
+        return "mse" if self.kind == "regression" else "accuracy"
+
+    def to(self, device: torch.device) -> Dataset:
+        """The same task with its tensors on `device`."""
+        return replace(
+            self,
+            x_train=self.x_train.to(device),
+            y_train=self.y_train.to(device),
+            x_test=self.x_test.to(device),
+            y_test=self.y_test.to(device),
+        )
+
+
+def load(spec: str, data_dir: Path) -> Dataset:
+    """Reads the task `spec`: a name of `NAMES`, where `sine` takes `:FREQUENCY` and some take `:FILE`.
+
+    Raises:
+        UsageError: if the name is unknown or a file is missing or broken.
+    """
+    name, _, argument = spec.partition(":")
+    if name == "sine" and (not argument or _is_positive(argument)):
+        return _sine(float(argument or 10))
+    if name in _FROM_FILE and argument:
+        path = Path(argument)
+        if not path.is_file():
+            raise UsageError(f"There is no file {path} to read for --data {name}:FILE.")
+        return _FROM_FILE[name](path)
+    if name in _STANDARD and not argument:
+        return _STANDARD[name](data_dir)
+    raise UsageError(f"Unknown data {spec!r}: choose from {', '.join(NAMES)}.")
+
+
+def absolute(spec: str) -> str:
+    """`spec` with the full path of its file, if it has one."""
+    name, _, argument = spec.partition(":")
+    return f"{name}:{Path(argument).resolve()}" if name in _FROM_FILE else spec
+
+
+def _is_positive(text: str) -> bool:
+    try:
+        return 0 < float(text) < math.inf
+    except ValueError:
+        return False
+
+
+@contextmanager
+def _reading(path: Path, form: str) -> Iterator[None]:
+    """Turns whatever a reader raises on a broken file into one sentence."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except Exception as error:
+        reason = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
+        raise UsageError(f"{path} could not be read as {form}: {reason}.") from error
+
+
+def _classes(name: str, x_train: Array, y_train: Array, x_test: Array, y_test: Array, k: int = 10) -> Dataset:
+    """A classification task from arrays; images come as `(N, C, H, W)`."""
+    x = [torch.from_numpy(np.ascontiguousarray(a, np.float32)) for a in (x_train, x_test)]
+    y = [torch.from_numpy(np.ascontiguousarray(a, np.int64)) for a in (y_train, y_test)]
+    return Dataset(name, "classification", x[0], y[0], x[1], y[1], k)
+
+
+def _standardize(train: Array, test: Array) -> tuple[Array, Array]:
+    """Both arrays with the training columns' mean 0 and deviation 1; constant columns stay 0."""
+    mean, deviation = train.mean(0), train.std(0)
+    deviation[deviation == 0] = 1
+    return (train - mean) / deviation, (test - mean) / deviation
+
+
+# Standard tasks
+
+
+def _digits(data_dir: Path) -> Dataset:
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    x, y = load_digits(return_X_y=True)
+    images = x.reshape(-1, 1, 8, 8) / 16
+    x_train, x_test, y_train, y_test = train_test_split(
+        images, y, test_size=0.2, stratify=y, random_state=SPLIT_SEED
+    )
+    return _classes("digits", x_train, y_train, x_test, y_test)
+
+
+def _sine(frequency: float) -> Dataset:
+    """y = sin(frequency·x) + 0.01·noise on [−1, 1], 7,000 training and 3,000 test points."""
+    generator = torch.Generator().manual_seed(SPLIT_SEED)
+    x = 2 * torch.rand(10_000, 1, generator=generator) - 1
+    y = torch.sin(frequency * x) + 0.01 * torch.randn(10_000, 1, generator=generator)
+    return Dataset(f"sine-{frequency:g}", "regression", x[:7000], y[:7000], x[7000:], y[7000:])
+
+
+def _idx(path: Path) -> Array:
+    """A gzipped idx file of unsigned bytes: two zeros, type 8, rank, then big-endian sizes."""
+    with _reading(path, "a gzipped idx file"):
+        content = gzip.decompress(path.read_bytes())
+        if content[:3] != b"\0\0\x08":
+            raise UsageError(f"{path} is no idx file of unsigned bytes.")
+        rank = content[3]
+        shape = np.frombuffer(content, ">i4", rank, 4)
+        return np.frombuffer(content, np.uint8, offset=4 + 4 * rank).reshape(shape)
+
+
+def _idx_images(name: str, data_dir: Path) -> Dataset:
+    kinds = ("images-idx3", "labels-idx1")
+    files = [f"{part}-{kind}-ubyte.gz" for part in ("train", "t10k") for kind in kinds]
+    folder = next((d for d in (data_dir / name, data_dir) if all((d / f).is_file() for f in files)), None)
+    if folder is None:
+        place = data_dir / name
+        raise UsageError(
+            f"The {name} files are missing: put {', '.join(files)} into {place}, or give --data-dir."
+        )
+    x_train, y_train, x_test, y_test = (_idx(folder / file) for file in files)
+    if len(x_train) != len(y_train) or len(x_test) != len(y_test):
+        raise UsageError(f"The {name} files in {folder} hold different numbers of images and labels.")
+    x_train, x_test = (x[:, None] / np.float32(255) for x in (x_train, x_test))
+    return _classes(name, x_train, y_train, x_test, y_test)
+
+
+def _cifar10(data_dir: Path) -> Dataset:
+    """Every .npz with `x_train` `(N, 32, 32, 3)`, `y_train`; without `x_test` the last eighth is held out."""
+    files = sorted((data_dir / "cifar10").glob("*.npz")) or sorted(data_dir.glob("cifar10*.npz"))
+    if not files:
+        raise UsageError(
+            "The cifar10 files are missing: put .npz files with x_train (N×32×32×3, uint8) and y_train "
+            f"into {data_dir / 'cifar10'}, or give --data-dir."
+        )
+    parts: dict[str, list[Array]] = {"x_train": [], "y_train": [], "x_test": [], "y_test": []}
+    for file in files:
+        with _reading(file, "an .npz file with arrays x_train and y_train"), np.load(file) as arrays:
+            for key, part in parts.items():
+                if key in arrays or key.endswith("_train"):
+                    value = arrays[key]
+                    part.append(value.transpose(0, 3, 1, 2) / np.float32(255) if key[0] == "x" else value)
+    x, y = np.concatenate(parts["x_train"]), np.concatenate(parts["y_train"])
+    if parts["x_test"]:
+        return _classes("cifar10", x, y, np.concatenate(parts["x_test"]), np.concatenate(parts["y_test"]))
+    cut = len(x) - len(x) // 8
+    return _classes("cifar10", x[:cut], y[:cut], x[cut:], y[cut:])
+
+
+# Tasks from a file of the user
+
+
+def _libsvm(path: Path) -> Dataset:
+    """Classification, features standardized; the test set is FILE.t where it exists, else a fifth of FILE."""
+    from sklearn.datasets import load_svmlight_files
+    from sklearn.model_selection import train_test_split
+
+    test_path = path.with_name(path.name + ".t")
+    with _reading(path, "a LIBSVM file (label index:value …)"):
+        if test_path.is_file():
+            x_train, y_train, x_test, y_test = load_svmlight_files([str(path), str(test_path)])
+        else:
+            x, y = load_svmlight_files([str(path)])
+            x_train, x_test, y_train, y_test = train_test_split(x, y, test_size=0.2, random_state=SPLIT_SEED)
+    labels = np.concatenate([y_train, y_test])
+    if (labels != labels.round()).any():
+        raise UsageError(f"{path} has labels that are no whole numbers, so it is no classification task.")
+    names, numbers = np.unique(labels, return_inverse=True)
+    x_train, x_test = _standardize(x_train.toarray(), x_test.toarray())
+    cut = len(y_train)
+    return _classes(path.name, x_train, numbers[:cut], x_test, numbers[cut:], len(names))
+
+
+def _table(path: Path) -> Dataset:
+    """Regression on the last column; a tenth of the rows is the test set; all columns are standardized."""
+    with _reading(path, "a table of numbers (columns split by spaces or commas, the target last)"):
+        with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as file:
+            delimiter = "," if "," in file.readline() else None
+        table = np.loadtxt(path, delimiter=delimiter, ndmin=2)
+    if table.shape[0] < 10 or table.shape[1] < 2 or not np.isfinite(table).all():
+        raise UsageError(f"{path} needs at least 10 rows and 2 columns of finite numbers.")
+    table = table[np.random.default_rng(SPLIT_SEED).permutation(len(table))]
+    cut = round(0.9 * len(table))
+    parts = [torch.from_numpy(a.astype(np.float32)) for a in _standardize(table[:cut], table[cut:])]
+    (x_train, y_train), (x_test, y_test) = ((a[:, :-1].contiguous(), a[:, -1:].contiguous()) for a in parts)
+    return Dataset(path.name.split(".")[0], "regression", x_train, y_train, x_test, y_test)
+
+
+def _text(path: Path) -> Dataset:
+    """Next-character prediction on windows; the first nine tenths of the text are for training."""
+    with _reading(path, "UTF-8 text"):
+        characters = path.read_text(encoding="utf-8")
+    if len(characters) < 20 * WINDOW:
+        raise UsageError(f"{path} needs at least {20 * WINDOW} characters.")
+    vocabulary, numbers = np.unique(list(characters), return_inverse=True)
+    cut = len(numbers) * 9 // 10
+    (x_train, y_train), (x_test, y_test) = (_windows(part) for part in (numbers[:cut], numbers[cut:]))
+    return Dataset(path.stem, "text", x_train, y_train, x_test, y_test, len(vocabulary))
+
+
+def _windows(numbers: Array) -> tuple[Tensor, Tensor]:
+    """Windows one after the other, and the same windows one character on."""
+    count = (len(numbers) - 1) // WINDOW
+    ids = torch.from_numpy(numbers.astype(np.int64))
+    return ids[: count * WINDOW].view(count, WINDOW), ids[1 : count * WINDOW + 1].view(count, WINDOW)
+
+
+_STANDARD: dict[str, Callable[[Path], Dataset]] = {
+    "digits": _digits,
+    "mnist": lambda data_dir: _idx_images("mnist", data_dir),
+    "fashion-mnist": lambda data_dir: _idx_images("fashion-mnist", data_dir),
+    "cifar10-npz": _cifar10,
+}
+_FROM_FILE: dict[str, Callable[[Path], Dataset]] = {"libsvm": _libsvm, "table": _table, "text": _text}
+NAMES = [*_STANDARD, "sine", "sine:FREQUENCY", *(f"{name}:FILE" for name in _FROM_FILE)]

@@ -1,0 +1,16 @@
+"""The one exception for what a user can put right."""
+
+
+class UsageError(ValueError):
+    """A wrong argument, setting or file, explained in one sentence."""
+
+
+def choose(what: str, name: str, valid: list[str]) -> str:
+    """Returns `name` if it is one of `valid`; the error names them all.
+
+    >>> choose("method", "adam", ["adam", "sgd"])
+    'adam'
+    """
+    if name not in valid:
+        raise UsageError(f"Unknown {what} {name!r}: choose from {', '.join(valid)}.")
+    return name

@@ -1,0 +1,111 @@
+"""Methods by name: an optimizer for a model, its default rate and the rates that `compare` tries."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from torchnewton.optim import SGN, Newton
+from torchnewton.train.data import Dataset
+from torchnewton.train.errors import UsageError, choose
+
+
+@dataclass(frozen=True)
+class Method:
+    """One method: `make(model, lr)` gives the optimizer; without `rates` there is no rate to choose."""
+
+    make: Callable[[nn.Module, float], torch.optim.Optimizer]
+    default_lr: float | None = None
+    rates: tuple[float, ...] = ()
+    small_batch: int = 64  # below 2,000 training samples
+    large_batch: int = 128
+    epochs: int = 30
+
+
+def make_optimizer(name: str, model: nn.Module, lr: float | None) -> torch.optim.Optimizer:
+    """The optimizer of method `name` on `model`; `lr` is for the methods that have a rate.
+
+    Raises:
+        UsageError: if the name is unknown or the method has no rate to set.
+    """
+    method = METHODS[choose("method", name, NAMES)]
+    if lr is not None and method.default_lr is None:
+        with_rate = ", ".join(name for name in NAMES if METHODS[name].rates)
+        raise UsageError(f"--lr is for {with_rate}: {name} has no rate to set.")
+    if name == "muon" and not hasattr(torch.optim, "Muon"):
+        raise UsageError("--method muon needs PyTorch 2.9 or newer.")
+    return method.make(model, lr or method.default_lr or 1.0)
+
+
+def default_batch_size(name: str, data: Dataset) -> int:
+    """The batch a method is usually run with: small for first order, larger for Newton, all for L-BFGS."""
+    method, n = METHODS[choose("method", name, NAMES)], len(data.x_train)
+    return min(n, method.small_batch if n < 2000 else method.large_batch)
+
+
+class Muon(torch.optim.Optimizer):
+    """`torch.optim.Muon` for the hidden weights, AdamW for all else, at one rate and without weight decay.
+
+    Hidden weights are those with two or more dimensions except embeddings and the output layer, the last one.
+    Convolutions go in as matrices of output channels by the rest. Muon's update is scaled to the size of
+    AdamW's, so that one rate fits both.
+    """
+
+    def __init__(self, model: nn.Module, lr: float) -> None:
+        super().__init__(model.parameters(), {"lr": lr})
+        embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+        weights = [p for p in model.parameters() if p.ndim >= 2 and id(p) not in embeddings]
+        self._hidden = weights[:-1] or weights
+        hidden = {id(p) for p in self._hidden}
+        # The flat parameters share memory with the model's.
+        self._flat = [nn.Parameter(p.detach().view(len(p), -1)) for p in self._hidden]
+        self._muon = torch.optim.Muon(self._flat, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+        others = [p for p in model.parameters() if id(p) not in hidden]
+        self._adamw = torch.optim.AdamW(others, lr=lr, weight_decay=0.0)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Evaluates the closure once and updates; returns its loss."""
+        with torch.enable_grad():
+            loss = closure() if closure else None
+        for p, flat in zip(self._hidden, self._flat, strict=True):
+            flat.grad = None if p.grad is None else p.grad.view_as(flat)
+        self._muon.step()
+        self._adamw.step()
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """The states of both optimizers."""
+        return {"muon": self._muon.state_dict(), "adamw": self._adamw.state_dict()}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Loads what `state_dict` returned."""
+        self._muon.load_state_dict(state_dict["muon"])
+        self._adamw.load_state_dict(state_dict["adamw"])
+
+
+_ADAM_RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+METHODS = {
+    "newton": Method(
+        lambda model, lr: Newton(model.parameters()), small_batch=256, large_batch=1000, epochs=5
+    ),
+    "sgn": Method(lambda model, lr: SGN(model.parameters()), small_batch=256, large_batch=1000, epochs=5),
+    "adam": Method(lambda model, lr: torch.optim.Adam(model.parameters(), lr=lr), 1e-3, _ADAM_RATES),
+    "sgd": Method(
+        lambda model, lr: torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9),
+        0.03,
+        (0.003, 0.01, 0.03, 0.1, 0.3),
+    ),
+    "lbfgs": Method(
+        lambda model, lr: torch.optim.LBFGS(model.parameters(), lr=1.0, line_search_fn="strong_wolfe"),
+        small_batch=10_000,
+        large_batch=10_000,
+        epochs=10,
+    ),
+    "muon": Method(Muon, 3e-3, _ADAM_RATES),
+}
+NAMES = list(METHODS)

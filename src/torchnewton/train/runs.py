@@ -1,0 +1,193 @@
+"""From settings to a run, and the run of `torchnewton train` in its folder."""
+
+from __future__ import annotations
+
+import math
+import platform
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from importlib import metadata
+from pathlib import Path
+from types import FrameType
+
+import torch
+from rich.console import Console
+
+from torchnewton.train import data as tasks
+from torchnewton.train import models
+from torchnewton.train.checkpoint import RunFolder, check_free, free_name, new_folder, write_atomically
+from torchnewton.train.display import Display, summary
+from torchnewton.train.errors import UsageError
+from torchnewton.train.figures import plot_run
+from torchnewton.train.loop import Budget, Run, train
+from torchnewton.train.methods import METHODS, default_batch_size, make_optimizer
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is run; `None` stands for the method's or the task's default.
+
+    Raises:
+        UsageError: if a number is out of range or both budgets are given.
+    """
+
+    data: str = "digits"
+    data_dir: str = "data"
+    model: str = "auto"
+    method: str = "newton"
+    lr: float | None = None
+    batch_size: int | None = None
+    epochs: int | None = None
+    seconds: float | None = None
+    seed: int = 0
+    device: str = "cpu"
+    threads: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "batch_size", "epochs", "seconds", "threads"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                option = name.replace("_", "-")
+                raise UsageError(f"--{option} is {value}: it has to be a positive number.")
+        if not 0 <= self.seed < 2**63:
+            raise UsageError(f"--seed is {self.seed}: it has to be a whole number from 0 to 2⁶³ − 1.")
+        if self.epochs and self.seconds:
+            raise UsageError("Give --epochs or --seconds, not both.")
+
+    @property
+    def budget(self) -> Budget:
+        """The budget; epochs by method unless one is set."""
+        if self.seconds:
+            return Budget(seconds=self.seconds)
+        return Budget(epochs=self.epochs or METHODS[self.method].epochs)
+
+
+def make_run(settings: Settings, data: tasks.Dataset | None = None) -> tuple[Settings, Run]:
+    """Builds a run at its start, and the settings with defaults filled in; `data` saves reading it again."""
+    device = _device(settings.device)
+    torch.set_num_threads(settings.threads)
+    data = data or tasks.load(settings.data, Path(settings.data_dir)).to(device)
+    torch.manual_seed(settings.seed)
+    model = models.build(settings.model, data).to(device)
+    optimizer = make_optimizer(settings.method, model, settings.lr)
+    batch_size = min(settings.batch_size or default_batch_size(settings.method, data), len(data.x_train))
+    generator = torch.Generator().manual_seed(settings.seed)
+    full = replace(settings, model=models.resolve(settings.model, data), batch_size=batch_size)
+    return full, Run(data, model, optimizer, batch_size, generator)
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"--device {name} is not available here: choose cpu, cuda, cuda:1 …") from error
+    return device
+
+
+def describe(run: Run) -> dict[str, str | int]:
+    """What a reader needs to judge the numbers: sizes and versions."""
+    return {
+        "training samples": len(run.data.x_train),
+        "test samples": len(run.data.x_test),
+        "parameters": sum(p.numel() for p in run.model.parameters()),
+        "torchnewton": _version(),
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def _version() -> str:
+    try:
+        return metadata.version("torchnewton")
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def train_new(settings: Settings, out: str | None, overwrite: bool, console: Console) -> int:
+    """Runs `settings` in a new folder, made after all is checked; returns the exit code."""
+    if out is not None:
+        check_free(Path(out), overwrite)
+    full, run = make_run(settings)
+    stem = f"{run.data.name}-{full.model.replace(':', '-')}-{full.method}"
+    folder = RunFolder(Path(out) if out is not None else free_name(stem))
+    new_folder(folder.path, overwrite, folder.FILES)
+    data_dir = str(Path(full.data_dir).resolve())
+    stored = asdict(replace(full, data=tasks.absolute(full.data), data_dir=data_dir))
+    folder.write_config({"settings": stored, "about": describe(run)})
+    return _train_in(folder, full, run, console)
+
+
+def train_resumed(path: str, epochs: int | None, seconds: float | None, console: Console) -> int:
+    """Continues the run in folder `path`, with a new budget where one is given; returns the exit code."""
+    folder = RunFolder(Path(path))
+    config = folder.read_config()
+    try:
+        settings = Settings(**config["settings"])
+    except TypeError as error:
+        raise UsageError(f"No run to resume in {path}: config.json has unknown settings.") from error
+    if epochs or seconds:
+        settings = replace(settings, epochs=epochs, seconds=seconds)
+    settings, run = make_run(settings)
+    folder.load(run)
+    if settings.budget.used(run) >= 1:
+        raise UsageError(f"The run in {path} has used its budget: give a larger --epochs or --seconds.")
+    folder.write_config(
+        {**config, "settings": {**config["settings"], "epochs": settings.epochs, "seconds": settings.seconds}}
+    )
+    return _train_in(folder, settings, run, console)
+
+
+def _train_in(folder: RunFolder, settings: Settings, run: Run, console: Console) -> int:
+    """Trains with a display, saving at every evaluation and at the end."""
+    console.print(_headline(settings, run), highlight=False, soft_wrap=True)
+    with _interruptible() as interrupted, Display(console, run, settings.budget) as display:
+
+        def on_step(run: Run) -> bool:
+            display.show_step(run)
+            return bool(interrupted)
+
+        def on_record(run: Run) -> None:
+            display.show_record(run.history[-1])
+            folder.append(run.history[-1])
+            folder.save(run)
+
+        status = train(run, settings.budget, on_step, on_record)
+        folder.save(run)
+        write_atomically(folder.path / "curves.png", lambda p: plot_run(run.history, run.data.metric, p))
+    if status == "interrupted":
+        console.print(
+            f"Interrupted and saved; continue with: torchnewton train --resume {folder.path}", soft_wrap=True
+        )
+        return 130
+    console.print(summary(run, status))
+    console.print(f"Saved in {folder.path}: {', '.join(folder.FILES)}", soft_wrap=True)
+    return 0
+
+
+def _headline(settings: Settings, run: Run) -> str:
+    lr = f", lr {settings.lr:g}" if settings.lr else ""
+    parameters = sum(p.numel() for p in run.model.parameters())
+    return (
+        f"[bold]{settings.method}[/] on {run.data.name}: {settings.model} with {parameters:,} parameters, "
+        f"{len(run.data.x_train):,} training samples, batch {settings.batch_size}{lr}, seed {settings.seed}"
+    )
+
+
+@contextmanager
+def _interruptible() -> Iterator[list[int]]:
+    """A list that Ctrl-C fills, so that a step is finished before the run stops; the second stops at once."""
+    signals: list[int] = []
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        signals.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = signal.signal(signal.SIGINT, handle)
+    try:
+        yield signals
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,92 @@
+"""Arithmetic on vectors: lists of tensors in the order and shapes of the parameters.
+
+The solvers and the step loop use these few functions only, so that one place decides how a vector is stored.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+Vector: TypeAlias = list[Tensor]
+
+
+def dot(x: Sequence[Tensor], y: Sequence[Tensor]) -> float:
+    """⟨x, y⟩, summed over all tensors (0 for empty lists)."""
+    if not x:
+        return 0.0
+    return float(torch.stack([torch.dot(a.reshape(-1), b.reshape(-1)) for a, b in zip(x, y, strict=True)]).sum())
+
+
+def norm(x: Sequence[Tensor]) -> float:
+    """‖x‖₂."""
+    return math.sqrt(dot(x, x))
+
+
+def max_abs(x: Sequence[Tensor]) -> float:
+    """‖x‖_∞."""
+    return float(torch.stack([a.abs().max() for a in x if a.numel()]).max())
+
+
+def add(x: Sequence[Tensor], y: Sequence[Tensor], alpha: float = 1.0) -> Vector:
+    """x + αy, as new tensors."""
+    return [torch.add(a, b, alpha=alpha) for a, b in zip(x, y, strict=True)]
+
+
+def add_(x: Sequence[Tensor], y: Sequence[Tensor], alpha: float = 1.0) -> None:
+    """x ← x + αy, in place."""
+    for a, b in zip(x, y, strict=True):
+        a.add_(b, alpha=alpha)
+
+
+def scale(x: Sequence[Tensor], alpha: float) -> Vector:
+    """αx, as new tensors."""
+    return [a * alpha for a in x]
+
+
+def clone(x: Sequence[Tensor]) -> Vector:
+    """A copy that shares no memory and no graph."""
+    return [a.detach().clone() for a in x]
+
+
+def zeros_like(x: Sequence[Tensor]) -> Vector:
+    """Zeros in the shapes of x."""
+    return [torch.zeros_like(a) for a in x]
+
+
+def is_finite(x: Sequence[Tensor]) -> bool:
+    """True when no entry is NaN or infinite."""
+    return all(bool(torch.isfinite(a).all()) for a in x)
+
+
+def num_entries(x: Sequence[Tensor]) -> int:
+    """The number of entries of all tensors."""
+    return sum(a.numel() for a in x)
+
+
+def flatten(x: Sequence[Tensor]) -> Tensor:
+    """One flat tensor of all entries, in order."""
+    return torch.cat([a.reshape(-1) for a in x])
+
+
+def unflatten(flat: Tensor, like: Sequence[Tensor]) -> Vector:
+    """Cut a flat tensor into the shapes of `like`."""
+    parts = flat.split([a.numel() for a in like])
+    return [part.view(a.shape) for part, a in zip(parts, like, strict=True)]
+
+
+def symmetric_product(X: Tensor, Y: Tensor, dtype: torch.dtype) -> Tensor:
+    """XᵀY, known to be symmetric, as `dtype`: block columns of the lower triangle, mirrored; 5/8 of the full product."""
+    size = X.shape[1]
+    total = torch.empty(size, size, dtype=dtype, device=X.device)
+    width = max(128, -(-size // 4))
+    for start in range(0, size, width):
+        stop = min(start + width, size)
+        columns = X[:, start:].mT @ Y[:, start:stop]
+        total[start:, start:stop] = columns
+        total[start:stop, stop:] = columns[stop - start :].mT
+    return total
