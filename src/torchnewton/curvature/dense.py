@@ -80,7 +80,7 @@ def _block(term: Term, again: list[Tensor], replay: PerSample, n: int, members: 
         if total.requires_grad:
             for position, part in replay.rows(total, n):
                 parts[position][:, column] += part
-        unit = [torch.zeros_like(y) for y in term.outputs]
+        unit = [torch.zeros(y.shape, dtype=y.dtype, device=y.device) for y in term.outputs]
         unit[i].reshape(n, -1)[:, m] = 1
         curved = term.hessian_product(unit)
         hessians[:, :, column] = torch.cat([curved[j].reshape(n, -1) for j in members], dim=1)
@@ -118,7 +118,7 @@ def dense_from_rows(tape: Tape, jacobian: Jacobian) -> Tensor:
         curved = []
         for i, z in enumerate(term.outputs):
             for j in range(z.numel()):
-                unit = [torch.zeros_like(y) for y in term.outputs]
+                unit = [torch.zeros(y.shape, dtype=y.dtype, device=y.device) for y in term.outputs]
                 unit[i].view(-1)[j] = 1
                 curved.append(flatten(term.hessian_product(unit)).double())
         part = rows[start : start + len(curved)]

@@ -48,7 +48,7 @@ class Jacobian(LinearOperator):
         rows = []
         for i, z in enumerate(self.codomain):
             for j in range(z.numel()):
-                u = [torch.zeros_like(y) for y in self.codomain]
+                u = [torch.zeros(y.shape, dtype=y.dtype, device=y.device) for y in self.codomain]
                 u[i].view(-1)[j] = 1
                 rows.append(flatten(self.adjoint(u)))
         return torch.stack(rows)

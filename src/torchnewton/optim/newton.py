@@ -120,6 +120,9 @@ class Newton(Optimizer):
             return "the loss is not finite"
         if not math.isfinite(report.gradient_norm):
             return "the gradient is not finite"
+        if report.gradient_norm == 0:
+            report.status = "the gradient is zero: this is a stationary point"
+            return ""
         average, gradient = self._averaged(point)
         with self._timed("record"):
             A = self._operator(point, curvature)
@@ -155,10 +158,10 @@ class Newton(Optimizer):
         if curvature is not None:
             tape = record(curvature, point.params)
             point.settled_by(tape)
+        A = self.curvature(tape)
         if tape.has_rest and not self._memory["warned"]:
             self._memory["warned"] = True
             warn_about_rest()
-        A = self.curvature(tape)
         if len(set(point.weight_decay)) == 1:
             return A + point.weight_decay[0] if point.weight_decay[0] else A
         if any(point.weight_decay):

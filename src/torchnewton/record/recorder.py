@@ -93,7 +93,7 @@ class Recorder(Watcher):
         self.params = list(params)
         self.create_graph = create_graph
         self.candidates: list[Candidate] = []
-        self.marked: list[Tensor] = []
+        self.marked: list[Candidate] = []
         self.layer_calls: list[LayerCall] = []
         self.terms: list[Term] = []
         self.differentiates_parameters = False
@@ -125,12 +125,12 @@ class Recorder(Watcher):
         result = super().on_call(func, args, kwargs)
         if not isinstance(result, (Tensor, tuple)):
             return result
-        if func is outputs:
-            self.marked.append(result)
+        if func is outputs and result.requires_grad:
+            self.marked.append(Candidate.of("outputs", [result], result))
         elif func in LOSSES and result.requires_grad:
             inputs = split_inputs(LOSSES[func], args, kwargs, self._activations)
             if inputs:
-                self.candidates.append(Candidate(func.__name__, inputs, result))
+                self.candidates.append(Candidate.of(func.__name__, inputs, result))
         elif func in ACTIVATIONS and result.grad_fn is not None:
             self._activations[result.grad_fn] = (func, args[0] if args else kwargs["input"])
         elif self._uses_parameter(args, kwargs):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -67,7 +68,7 @@ class BufferSnapshot:
     """The buffers of the modules called inside `watch()`, as they were before the first call."""
 
     def __init__(self) -> None:
-        self.saved: list[tuple[nn.Module, str, Tensor, Tensor, int]] = []
+        self.saved: list[tuple[nn.Module, str, Tensor, Tensor]] = []
 
     @contextmanager
     def watch(self) -> Iterator[None]:
@@ -79,7 +80,7 @@ class BufferSnapshot:
         _refuse_fsdp(module)
         for name, buffer in module._buffers.items():
             if buffer is not None:
-                self.saved.append((module, name, buffer, buffer.detach().clone(), buffer._version))
+                self.saved.append((module, name, buffer, buffer.detach().clone()))
 
     def renewed(self) -> BufferSnapshot:
         """A snapshot of the same modules as they are now."""
@@ -89,12 +90,11 @@ class BufferSnapshot:
         return now
 
     def restore(self) -> None:
-        """Put back what has changed, bit for bit."""
+        """Put the values back, bit for bit."""
         with torch.no_grad():
-            for module, name, buffer, value, version in self.saved:
+            for module, name, buffer, value in self.saved:
                 module._buffers[name] = buffer
-                if buffer._version != version:
-                    buffer.copy_(value)
+                buffer.copy_(value)
 
 
 @contextmanager
@@ -135,6 +135,8 @@ def differentiable_kernels() -> Iterator[None]:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         if "torch._dynamo" in sys.modules:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
+            stack.enter_context(warnings.catch_warnings())
+            warnings.filterwarnings("ignore", message=".*global.*hooks.*")  # of no concern to eager code
         yield
 
 

@@ -48,8 +48,11 @@ class PerSample(Replay):
         """For `total` = Σᵢ zᵢ over n samples: (position of a parameter, its part of the rows, n × entries)."""
         wanted = [(position, copy) for (position, count), copy in self._copies.items() if count == n]
         leaves = [*(copy for _, copy in wanted), self._pairs.token]
-        with self._pairs.collecting():
-            found = torch.autograd.grad(total, leaves, retain_graph=True, allow_unused=True)
+        try:
+            with self._pairs.collecting():
+                found = torch.autograd.grad(total, leaves, retain_graph=True, allow_unused=True)
+        except RuntimeError as error:
+            raise NotPerSampleError(str(error).split("\n")[0]) from error
         for (position, _), g in zip(wanted, found, strict=False):
             if g is not None:
                 yield position, g.reshape(n, -1)
@@ -68,7 +71,8 @@ class PerSample(Replay):
                 self._derived[id(result)] = (result, lambda n: self._mapped(func, args, kwargs, n))
             return result
         positions = [self._position.get(id(t)) for t in tensors[1:]]
-        if func is F.linear and tensors[0] is samples and samples.dim() > 1 and None not in positions:
+        plain = samples.dtype == self.params[0].dtype and not torch.is_autocast_enabled(samples.device.type)
+        if func is F.linear and plain and tensors[0] is samples and samples.dim() > 1 and None not in positions:
             return self._linear(samples, [p for p in positions if p is not None])
         return self._mapped(func, args, kwargs, samples.shape[0])
 

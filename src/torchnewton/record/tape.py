@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -37,7 +38,7 @@ class Tape:
     params: list[Tensor]
     terms: list[Term]
     candidates: list[Candidate]
-    marked: list[Tensor]
+    marked: list[Candidate]
     layer_calls: list[LayerCall]
     returned: Any
     random_state: RandomState
@@ -113,12 +114,12 @@ class Tape:
 
     def _counterparts(self, replay: Replay) -> list[Tensor]:
         """The tensors of a replay that stand where the outputs stood in the recorded run."""
-        before = [z for c in self.candidates for z in c.outputs] + self.marked
-        after = [z for c in replay.candidates for z in c.outputs] + replay.marked
-        if [z.shape for z in before] != [z.shape for z in after]:
+        before = [edge for c in self.candidates + self.marked for edge in c.edges]
+        after = [z for c in replay.candidates + replay.marked for z in c.outputs]
+        if len(before) != len(after):
             raise RecordError("the losses of the closure differ from those of its recorded run")
-        again = {id(z): y for z, y in zip(before, after, strict=True)}
-        return [again[id(z)] for z in self.outputs]
+        again = dict(zip(before, after, strict=True))
+        return [again[edge] for term in self.terms for edge in term.edges]
 
     def _replay(self, watcher: Watcher, graph: bool = False) -> Any:
         """Run the closure under `watcher`; buffers, gradients and random state are put back."""
@@ -126,7 +127,15 @@ class Tape:
         still = kept_gradients if graph or self.differentiates_parameters else without_graph
         self.random_state.restore()
         try:
-            with torch.enable_grad(), still(self.params), scratch_buffers(), differentiable_kernels(), watcher:
+            with (
+                warnings.catch_warnings(),
+                torch.enable_grad(),
+                still(self.params),
+                scratch_buffers(),
+                differentiable_kernels(),
+                watcher,
+            ):
+                warnings.simplefilter("ignore")  # the recorded run has shown them
                 return self.closure()
         finally:
             now.restore()

@@ -3,26 +3,39 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import Node, get_gradient_edge
 
 from torchnewton.record.errors import RecordError
-
-_NO_SECOND_DERIVATIVE = ("derivative for", "double backward", "does not support", "not implemented", "once_differentiable")
+from torchnewton.record.graph import (
+    Edge,
+    edge_of,
+    filled,
+    grad,
+    reaches,
+    refuse_once_differentiable,
+    refuse_reentrant,
+    walk,
+)
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A loss call seen while recording: ℓ = name(z₁, …)."""
+    """A loss call seen while recording: ℓ = name(z₁, …), with its place in the graph at that time."""
 
     name: str
     outputs: list[Tensor]
+    edges: list[Edge]
     loss: Tensor
+    loss_edge: Edge
+
+    @classmethod
+    def of(cls, name: str, outputs: Sequence[Tensor], loss: Tensor) -> Candidate:
+        """The candidate as it stands in the graph now."""
+        return cls(name, list(outputs), [edge_of(z) for z in outputs], loss, edge_of(loss))
 
 
 @dataclass(frozen=True)
@@ -31,44 +44,19 @@ class Piece:
 
     name: str
     outputs: list[Tensor]
+    edges: list[Edge]
     loss: Tensor
     weight: Tensor
     slope: list[Tensor]
 
 
-@contextmanager
-def explained_errors() -> Iterator[None]:
-    """Turn autograd's errors about what it cannot differentiate into the way out."""
-    try:
-        yield
-    except RecordError:
-        raise
-    except RuntimeError as error:
-        message = str(error)
-        if "use_reentrant" in message or "incompatible with .grad()" in message:
-            raise RecordError(
-                "reentrant checkpointing cannot be differentiated twice: call "
-                "torch.utils.checkpoint.checkpoint(..., use_reentrant=False)."
-            ) from error
-        if "backward through the graph a second time" in message:
-            raise RecordError(
-                "part of the closure's graph was freed, by a backward pass outside of the recording or by a tensor "
-                "kept from an earlier step: compute the loss anew in each call and detach what is carried over."
-            ) from error
-        if any(phrase in message for phrase in _NO_SECOND_DERIVATIVE):
-            raise RecordError(
-                f"an operation of the closure cannot be differentiated twice: {message.splitlines()[0]} "
-                "Replace it by a differentiable one, or keep its parameters out of the optimizer."
-            ) from error
-        raise
-
-
 class Term:
     """⟨weight, loss⟩, one summand of the objective: what one `backward` call differentiates.
 
-    The pieces are the loss calls (or the marked outputs) that the loss is made of; `outputs` are their distinct z.
-    `gradient` is the term's gradient; `rest` says whether part of the loss reaches the parameters beside the outputs.
-    `linearization` is Jᵀu as a function of the leaves `cotangents` u, kept for products: J is its derivative.
+    The pieces are the loss calls that the loss is made of, and then the marked outputs; `outputs` are their distinct z
+    in that order. `gradient` is the term's gradient; `rest` says whether part of the loss reaches the parameters
+    beside the pieces. `linearization` is Jᵀu as a function of the leaves `cotangents` u, kept for products: J is its
+    derivative.
     """
 
     def __init__(
@@ -76,33 +64,36 @@ class Term:
         loss: Tensor,
         weight: Tensor,
         candidates: Sequence[Candidate],
-        marked: Sequence[Tensor],
+        marked: Sequence[Candidate],
         params: Sequence[Tensor],
         create_graph: bool,
     ) -> None:
-        self.params = list(params)
-        self.value = (loss.detach() * weight).sum()
         if not loss.requires_grad:
             raise RecordError("the loss does not depend on any parameter: compute it from the model with gradients on.")
-        with explained_errors():
-            self.pieces = _pieces(loss, weight, candidates, marked)
-            self.outputs = _distinct([z for piece in self.pieces for z in piece.outputs])
-            self.cotangents = self._sum_slopes([piece.slope for piece in self.pieces])
-            self.rest = not self.outputs or _reaches(loss, self.outputs, self.params)
-            self._linearization: list[Tensor | None] | None = None
-            if self.rest:
-                self.gradient = _grad([loss], self.params, [weight], create_graph=not self.outputs and create_graph)
-            elif create_graph:
-                self.gradient = self.linearization
-            else:
-                self.gradient = _grad(self.outputs, self.params, self.cotangents)
+        self.params = list(params)
+        self.value = (loss.detach() * weight).sum()
+        start = edge_of(loss)
+        self._custom = refuse_reentrant(start)
+        self.pieces, self.rest = _pieces(loss, weight, candidates, marked, self.params)
+        places = {edge: z for piece in self.pieces for edge, z in zip(piece.edges, piece.outputs, strict=True)}
+        self.edges, self.outputs = list(places), list(places.values())
+        self.cotangents = self._sum([piece.slope for piece in self.pieces])
+        self._linearization: list[Tensor | None] | None = None
+        if self.rest:
+            self.gradient = grad([start], self.params, [weight], create_graph=not self.pieces and create_graph)
+        elif create_graph:
+            self.gradient = self.linearization
+        else:
+            self.gradient = grad(self.edges, self.params, self.cotangents)
 
-    def _sum_slopes(self, slopes: Sequence[Sequence[Tensor]]) -> list[Tensor]:
-        total = [torch.zeros_like(z) for z in self.outputs]
-        position = {id(z): i for i, z in enumerate(self.outputs)}
-        for piece, slope in zip(self.pieces, slopes, strict=True):
-            for z, s in zip(piece.outputs, slope, strict=True):
-                total[position[id(z)]] += s.detach()
+    def _sum(self, parts: Sequence[Sequence[Tensor | None]]) -> list[Tensor]:
+        """Per output, the sum of what the pieces give for theirs."""
+        total = [torch.zeros_like(z, memory_format=torch.contiguous_format) for z in self.outputs]
+        position = {edge: i for i, edge in enumerate(self.edges)}
+        for piece, part in zip(self.pieces, parts, strict=True):
+            for edge, value in zip(piece.edges, part, strict=True):
+                if value is not None:
+                    total[position[edge]] += value.detach()
         return total
 
     @property
@@ -110,115 +101,61 @@ class Term:
         """Jᵀu with its graph in u; one backward pass when it is first asked for."""
         if self._linearization is None:
             self.cotangents = [u.detach().requires_grad_() for u in self.cotangents]
-            with explained_errors():
-                self._linearization = _grad(self.outputs, self.params, self.cotangents, create_graph=True)
+            found = grad(self.edges, self.params, self.cotangents, create_graph=True)
+            if self._custom:
+                refuse_once_differentiable(g for g in found if g is not None)
+            self._linearization = found
         return self._linearization
 
     def jacobian_product(self, v: Sequence[Tensor]) -> list[Tensor]:
         """Jv, one tensor per output."""
         pairs = [(g, w) for g, w in zip(self.linearization, v, strict=True) if g is not None and g.requires_grad]
-        if not pairs:
-            return [torch.zeros_like(z) for z in self.outputs]
-        with explained_errors():
-            found = _grad([g for g, _ in pairs], self.cotangents, [w.to(g.dtype) for g, w in pairs])
-        return _filled(found, self.outputs)
+        found = grad([edge_of(g) for g, _ in pairs], self.cotangents, [w.to(g.dtype) for g, w in pairs])
+        return filled(found, self.outputs)
 
     def jacobian_adjoint(self, u: Sequence[Tensor]) -> list[Tensor]:
         """Jᵀu, one tensor per parameter."""
-        with explained_errors():
-            return _filled(_grad(self.outputs, self.params, u), self.params)
+        return filled(grad(self.edges, self.params, u), self.params)
 
     def hessian_product(self, u: Sequence[Tensor]) -> list[Tensor]:
         """Bu with B = ∂²f/∂z², the sum over the pieces of weight · ∂²ℓ/∂z²."""
-        total = [torch.zeros_like(z) for z in self.outputs]
-        position = {id(z): i for i, z in enumerate(self.outputs)}
+        position = {edge: i for i, edge in enumerate(self.edges)}
+        parts = []
         for piece in self.pieces:
-            places = [position[id(z)] for z in piece.outputs]
-            curved = [(s, u[i]) for s, i in zip(piece.slope, places, strict=True) if s.requires_grad]
-            if not curved:
-                continue
-            with explained_errors():
-                found = _grad([s for s, _ in curved], piece.outputs, [w for _, w in curved])
-            for i, b in zip(places, found, strict=True):
-                if b is not None:
-                    total[i] += b
-        return total
-
-
-def _grad(
-    of: Sequence[Tensor], wrt: Sequence[Tensor], weights: Sequence[Tensor], create_graph: bool = False
-) -> list[Tensor | None]:
-    """`torch.autograd.grad` that keeps the graph and gives None for what does not matter."""
-    return list(
-        torch.autograd.grad(of, wrt, weights, retain_graph=True, create_graph=create_graph, allow_unused=True)
-    )
-
-
-def _filled(found: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor]:
-    return [torch.zeros_like(t) if g is None else g for g, t in zip(found, like, strict=True)]
-
-
-def _distinct(tensors: Sequence[Tensor]) -> list[Tensor]:
-    return list({id(t): t for t in tensors}.values())
+            pairs = [(s, u[position[e]]) for s, e in zip(piece.slope, piece.edges, strict=True) if s.requires_grad]
+            parts.append(grad([edge_of(s) for s, _ in pairs], piece.edges, [w for _, w in pairs]))
+        return self._sum(parts)
 
 
 def _pieces(
-    loss: Tensor, weight: Tensor, candidates: Sequence[Candidate], marked: Sequence[Tensor]
-) -> list[Piece]:
-    """The candidates that `loss` is made of; a marked tensor replaces those it feeds."""
-    marks = _connected(loss, weight, _distinct([z for z in marked if z.requires_grad]))
+    loss: Tensor, weight: Tensor, candidates: Sequence[Candidate], marked: Sequence[Candidate], params: Sequence[Tensor]
+) -> tuple[list[Piece], bool]:
+    """The outermost candidates that `loss` is made of, and whether a parameter is reached beside them.
+
+    A marked tensor takes the place of the candidates it feeds. A loss function that is used as a layer, inside of
+    another loss, is no piece.
+    """
+    start = edge_of(loss)
+    marks = {m.loss_edge: m.loss for m in marked}
     if marks:
-        edges = {_edge(z) for z in marks}
-        candidates = [c for c in candidates if not any(_depends_on(z, edges) for z in c.outputs)]
-    found = _grad([loss], [c.loss for c in candidates], [weight]) if candidates else []
-    chosen = [(c, w) for c, w in zip(candidates, found, strict=True) if w is not None]
-    if marks:
-        chosen.append((Candidate("outputs", marks, loss), weight))
+        candidates = [c for c in candidates if not any(edge in marks for edge in walk(c.edges, marks))]
+    by_edge = {c.loss_edge: c for c in candidates}
+    border = marks.keys() | by_edge.keys()
+    met = set(walk([start], border)) & border
+    rest = reaches([start], params, border)
+    found = [c for c in candidates if c.loss_edge in met]
+    chosen = list(zip(found, grad([start], [c.loss_edge for c in found], [weight]), strict=True))
+    rest |= any(reaches([c.loss_edge], params, set(c.edges)) for c in found)
+    met_marks = {edge: z for edge, z in marks.items() if edge in met}
+    if met_marks:
+        chosen.append((Candidate("outputs", list(met_marks.values()), list(met_marks), loss, start), weight))
     pieces = []
-    for candidate, w in chosen:
-        slope = _grad([candidate.loss], candidate.outputs, [w.detach()], create_graph=True)
-        pieces.append(Piece(candidate.name, candidate.outputs, candidate.loss, w.detach(), _filled(slope, candidate.outputs)))
-    return pieces
-
-
-def _connected(loss: Tensor, weight: Tensor, tensors: list[Tensor]) -> list[Tensor]:
-    if not tensors:
-        return []
-    return [z for z, g in zip(tensors, _grad([loss], tensors, [weight]), strict=True) if g is not None]
-
-
-def _edge(tensor: Tensor) -> tuple[Node, int]:
-    edge = get_gradient_edge(tensor)
-    return edge.node, edge.output_nr
-
-
-def _walk(start: Tensor, stop: set[tuple[Node, int]]) -> Iterator[tuple[Node, int]]:
-    """Every edge of the graph behind `start`, not going behind the edges in `stop`."""
-    stack = [_edge(start)]
-    seen = set(stack)
-    while stack:
-        current = stack.pop()
-        yield current
-        if current in stop:
-            continue
-        for node, number in current[0].next_functions:
-            if node is not None and (node, number) not in seen:
-                seen.add((node, number))
-                stack.append((node, number))
-
-
-def _depends_on(z: Tensor, edges: set[tuple[Node, int]]) -> bool:
-    return any(edge in edges for edge in _walk(z, edges))
-
-
-def _reaches(loss: Tensor, outputs: Sequence[Tensor], params: Sequence[Tensor]) -> bool:
-    """Whether `loss` depends on a parameter other than through the outputs."""
-    stop = {_edge(z) for z in outputs}
-    leaves = {id(p) for p in params}
-    for edge in _walk(loss, stop):
-        if edge not in stop and id(getattr(edge[0], "variable", None)) in leaves:
-            return True
-    return False
+    for c, w in chosen:
+        if w is not None:
+            w = w.detach()
+            slope = filled(grad([c.loss_edge], c.edges, [w], create_graph=True), c.outputs)
+            pieces.append(Piece(c.name, c.outputs, c.edges, c.loss, w, slope))
+    return pieces, rest or not pieces
 
 
 def warn_about_rest() -> None:
@@ -226,5 +163,5 @@ def warn_about_rest() -> None:
     warnings.warn(
         "part of the loss reaches the parameters beside the recorded outputs: it counts in the gradient, but not in the "
         "Gauss-Newton matrix. For an L2 penalty use weight_decay=; for another loss mark its outputs with tn.outputs(z).",
-        stacklevel=3,
+        stacklevel=2,
     )
