@@ -58,9 +58,7 @@ def dense_reference(
         parts = values.split([output.numel() for output in z])
         return loss(*(part.view_as(output) for part, output in zip(parts, z, strict=True)))
 
-    output_hessian = torch.autograd.functional.hessian(
-        of_flat, torch.cat([y.detach().reshape(-1) for y in z])
-    )
+    output_hessian = torch.autograd.functional.hessian(of_flat, torch.cat([y.detach().reshape(-1) for y in z]))
     output_hessian = output_hessian.double()
     return Reference(
         loss=total.detach(),
@@ -76,6 +74,4 @@ def assert_close(found: Tensor, expected: Tensor, rtol: float = 1e-10) -> None:
     assert found.shape == expected.shape
     found, expected = found.detach().double(), expected.detach().double()
     error, scale = float((found - expected).norm()), float(expected.norm())
-    assert error <= rtol * scale, (
-        f"relative error {error / scale if scale else error:.2e}, allowed {rtol:.0e}"
-    )
+    assert error <= rtol * scale, f"relative error {error / scale if scale else error:.2e}, allowed {rtol:.0e}"

@@ -1,7 +1,14 @@
 """Newton-type training for PyTorch: swap the optimizer, keep the loop."""
 
 from torchnewton.curvature import GaussNewton, Jacobian
-from torchnewton.globalization import Armijo, ConstantDamping, FullStep, LevenbergMarquardt, ScheduledDamping
+from torchnewton.globalization import (
+    Armijo,
+    AutoDamping,
+    ConstantDamping,
+    FullStep,
+    LevenbergMarquardt,
+    ScheduledDamping,
+)
 from torchnewton.optim import SGN, GeodesicAcceleration, Newton, StepReport
 from torchnewton.record import RecordError, Tape, outputs, record
 from torchnewton.solvers import CG, Auto, Direct, Dual, MartensProgress, MaxNorm, SolveResult, Status
@@ -11,6 +18,7 @@ __all__ = [
     "SGN",
     "Armijo",
     "Auto",
+    "AutoDamping",
     "ConstantDamping",
     "Direct",
     "Dual",

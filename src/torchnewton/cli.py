@@ -56,13 +56,9 @@ def train_command(
     data_dir: DataDir = Settings.data_dir,
     model: Model = Settings.model,
     method: Annotated[str, typer.Option(help=", ".join(METHODS))] = Settings.method,
-    lr: Annotated[
-        float | None, typer.Option(help="Rate of a first-order method.", show_default="by method")
-    ] = None,
+    lr: Annotated[float | None, typer.Option(help="Rate of a first-order method.", show_default="by method")] = None,
     batch_size: BatchSize = None,
-    epochs: Annotated[
-        int | None, typer.Option(help="Passes over the data.", show_default="by method")
-    ] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the data.", show_default="by method")] = None,
     seconds: Annotated[float | None, typer.Option(help="CPU seconds of training instead of epochs.")] = None,
     seed: Seed = Settings.seed,
     device: Device = Settings.device,
@@ -78,9 +74,7 @@ def train_command(
             source = context.get_parameter_source(name)
             if source is not None and source.name == "COMMANDLINE":
                 option = name.replace("_", "-")
-                raise UsageError(
-                    f"--{option} cannot change in a resumed run: only --epochs and --seconds can."
-                )
+                raise UsageError(f"--{option} cannot change in a resumed run: only --epochs and --seconds can.")
         return train_resumed(resume, epochs, seconds, _console())
     settings = Settings(data, data_dir, model, method, lr, batch_size, epochs, seconds, seed, device, threads)
     return train_new(settings, out, overwrite, _console())

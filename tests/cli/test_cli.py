@@ -65,9 +65,7 @@ def test_resume_equals_one_run(tmp_path, method):
 
 def test_ctrl_c_saves_and_the_run_continues(tmp_path):
     command = [sys.executable, "-W", "error", "-m", "torchnewton", *SINE]
-    process = subprocess.Popen(
-        [*command, "--epochs", "100000", "--out", "run"], stdout=subprocess.PIPE, text=True
-    )
+    process = subprocess.Popen([*command, "--epochs", "100000", "--out", "run"], stdout=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
     while not (tmp_path / "run" / "checkpoint.pt").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -188,9 +186,7 @@ def test_without_the_extra_one_sentence_says_what_to_install():
     assert result.stderr.count("\n") == 1
 
 
-@pytest.mark.skipif(
-    "TORCHNEWTON_DATA" not in os.environ, reason="TORCHNEWTON_DATA names no folder with MNIST"
-)
+@pytest.mark.skipif("TORCHNEWTON_DATA" not in os.environ, reason="TORCHNEWTON_DATA names no folder with MNIST")
 def test_mnist_from_its_files(tmp_path):
     args = ["train", "--data", "mnist", "--data-dir", os.environ["TORCHNEWTON_DATA"], "--model", "linear"]
     assert run([*args, "--method", "adam", "--seconds", "1", "--out", "run"]) == 0

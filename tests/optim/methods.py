@@ -18,7 +18,7 @@ METHODS: dict[str, Callable[..., tn.Newton]] = {
     "newton-cg": partial(tn.Newton, solver=tn.CG(max_iterations=5), momentum=0.3),
     "newton-direct": partial(tn.Newton, solver=tn.Direct(), weight_decay=1e-3),
     "newton-backtracking": partial(tn.Newton, line_search=BACKTRACKING),
-    "newton-retries": partial(tn.Newton, retries=3, line_search=tn.Armijo(decrease=0.9, max_halvings=0)),
+    "newton-retries": partial(tn.Newton, retries=12, line_search=tn.Armijo(decrease=0.9, max_halvings=0)),
     "sgn": tn.SGN,
     "sgn-momentum": partial(tn.SGN, momentum=0.5, preconditioner_exponent=0.75, max_iterations=3),
 }

@@ -15,9 +15,7 @@ WORKER = Path(__file__).with_name("worker.py")
 
 
 def run(*arguments: object) -> None:
-    done = subprocess.run(
-        [sys.executable, "-W", "error", WORKER, *map(str, arguments)], capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-W", "error", WORKER, *map(str, arguments)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 

@@ -99,9 +99,7 @@ def test_step_that_is_not_finite_is_rejected_and_the_next_one_recovers(name, par
     assert optimizer.report.accepted
     assert optimizer.report.damping > report.damping
     assert all(value.isfinite().all() for value in snapshot(sick).values())
-    assert {"model.0.weight", "model.1.running_mean", "model.4.bias"} <= set(
-        differences(snapshot(sick), before)
-    )
+    assert {"model.0.weight", "model.1.running_mean", "model.4.bias"} <= set(differences(snapshot(sick), before))
 
 
 def test_first_step_may_be_the_one_that_is_not_finite():

@@ -18,9 +18,7 @@ import torchnewton as tn
 
 @pytest.fixture
 def net():
-    return nn.Sequential(
-        nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Tanh(), nn.Linear(4, 3)
-    ).double()
+    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Tanh(), nn.Linear(4, 3)).double()
 
 
 X, Y = uniform(6, 3).double(), integers(3, 6)
@@ -58,9 +56,7 @@ def test_an_output_of_two_losses_counts_once():
 def test_layer_calls_are_those_with_a_live_parameter():
     first, second = nn.Linear(3, 4).double(), nn.Linear(4, 4).double()
     first.requires_grad_(False)
-    tape = tn.record(
-        lambda: F.cross_entropy(second(second(first(X))), Y), [*first.parameters(), *second.parameters()]
-    )
+    tape = tn.record(lambda: F.cross_entropy(second(second(first(X))), Y), [*first.parameters(), *second.parameters()])
     assert [call.function for call in tape.layer_calls] == [F.linear, F.linear]
     for call in tape.layer_calls:
         assert [p is q for p, q in zip(call.parameters, second.parameters(), strict=True)] == [True, True]
@@ -170,9 +166,7 @@ def test_backward_with_a_gradient_argument_weighs_the_loss(net):
         return losses.detach().sum()
 
     tape = tn.record(closure, params)
-    e = dense_reference(
-        params, lambda: [net(X)], lambda z: (w * F.cross_entropy(z, Y, reduction="none")).sum()
-    )
+    e = dense_reference(params, lambda: [net(X)], lambda z: (w * F.cross_entropy(z, Y, reduction="none")).sum())
     assert_close(tape.loss, e.loss)
     assert_close(flat(tape.gradient), e.gradient)
     assert_close(tn.GaussNewton(tape).to_dense(), e.gauss_newton)
@@ -191,9 +185,7 @@ def test_autograd_backward_function_of_two_losses(net):
         return torch.zeros(())
 
     tape = tn.record(closure, params)
-    e = dense_reference(
-        params, lambda: [net(X)], lambda z: F.cross_entropy(z, Y) + F.mse_loss(z, torch.zeros_like(z))
-    )
+    e = dense_reference(params, lambda: [net(X)], lambda z: F.cross_entropy(z, Y) + F.mse_loss(z, torch.zeros_like(z)))
     assert_close(flat(tape.gradient), e.gradient)
     assert_close(tn.GaussNewton(tape).to_dense(), e.gauss_newton)
 

@@ -12,9 +12,7 @@ from zoo import ZOO
 def test_least_squares_by_hand():
     theta = torch.tensor([1.0, 2.0], dtype=torch.float64, requires_grad=True)
     x = torch.tensor([[1.0, 0.0], [1.0, 1.0]], dtype=torch.float64)
-    r = dense_reference(
-        [theta], lambda: [x @ theta], lambda z: F.mse_loss(z, torch.zeros_like(z), reduction="sum")
-    )
+    r = dense_reference([theta], lambda: [x @ theta], lambda z: F.mse_loss(z, torch.zeros_like(z), reduction="sum"))
     assert_close(r.loss, torch.tensor(10.0))
     assert_close(r.jacobian, x)
     assert_close(r.gradient, torch.tensor([8.0, 6.0]))
@@ -29,9 +27,7 @@ def test_softmax_by_hand():
     assert_close(r.gradient, p - torch.tensor([0.0, 1.0, 0.0]))
 
 
-@pytest.mark.parametrize(
-    "name", ["mlp", "cnn-batchnorm-dropout", "gpt", "physics-informed", "two-marked-outputs"]
-)
+@pytest.mark.parametrize("name", ["mlp", "cnn-batchnorm-dropout", "gpt", "physics-informed", "two-marked-outputs"])
 def test_gradient_and_gauss_newton_by_finite_differences(name):
     """f(θ + hv) for the gradient; ½uᵀBu with u = (z(θ + hv) − z(θ − hv)) / 2h for vᵀGv."""
     p = ZOO[name](torch.float64)

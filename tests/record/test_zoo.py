@@ -13,9 +13,7 @@ from zoo import ZOO, Problem
 
 import torchnewton as tn
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:reduction. 'mean' divides the total loss:UserWarning"
-)  # of kl_div
+pytestmark = pytest.mark.filterwarnings("ignore:reduction. 'mean' divides the total loss:UserWarning")  # of kl_div
 
 CALLS_BACKWARD = ("accumulated", "two-backward-calls-on-one-graph")
 SEEDS = st.integers(0, 2**31)

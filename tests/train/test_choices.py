@@ -112,9 +112,7 @@ def test_muon_takes_hidden_weights_and_adamw_the_rest():
     model = build("cnn", images())
     optimizer = Muon(model, 0.01)
     assert [tuple(p.shape) for p in optimizer._flat] == [(16, 9), (32, 144)]
-    assert all(
-        flat.data_ptr() == p.data_ptr() for flat, p in zip(optimizer._flat, optimizer._hidden, strict=True)
-    )
+    assert all(flat.data_ptr() == p.data_ptr() for flat, p in zip(optimizer._flat, optimizer._hidden, strict=True))
     model = build("auto", text())
     assert model.head.weight.data_ptr() not in {p.data_ptr() for p in Muon(model, 0.01)._flat}
     assert model.characters.weight.data_ptr() not in {p.data_ptr() for p in Muon(model, 0.01)._flat}

@@ -16,9 +16,7 @@ from torchnewton.train.runs import Settings
 def comparison():
     settings = Settings(data="sine", seconds=0.03)
     seen = []
-    result = compare(
-        settings, ["newton", "sgd"], 2, 0.9, "torchnewton compare", lambda *event: seen.append(event)
-    )
+    result = compare(settings, ["newton", "sgd"], 2, 0.9, "torchnewton compare", lambda *event: seen.append(event))
     assert [fraction for _, fraction in seen] == [i / 8 for i in range(9)]
     return result
 
@@ -34,9 +32,7 @@ def test_first_order_methods_run_over_their_rates(comparison):
 
 
 def test_all_start_from_the_same_parameters(comparison):
-    starts = {
-        r.history[0].test_loss for e in comparison.entries for r in e.all_results if r.settings.seed == 0
-    }
+    starts = {r.history[0].test_loss for e in comparison.entries for r in e.all_results if r.settings.seed == 0}
     assert len(starts) == 1
 
 

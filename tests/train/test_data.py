@@ -88,9 +88,7 @@ def test_libsvm_without_a_test_file_splits(tmp_path):
     assert (len(data.x_train), len(data.x_test)) == (8, 2)
 
 
-@pytest.mark.parametrize(
-    ("delimiter", "name"), [(" ", "t.txt"), (",", "t.csv"), ("\t", "t.txt.gz"), (",", "t.gz")]
-)
+@pytest.mark.parametrize(("delimiter", "name"), [(" ", "t.txt"), (",", "t.csv"), ("\t", "t.txt.gz"), (",", "t.gz")])
 def test_table_is_standardized_with_training_statistics(tmp_path, delimiter, name):
     rows = np.random.default_rng(0).normal(5, 3, (40, 4))
     text = "\n".join(delimiter.join(map(str, row)) for row in rows)
@@ -169,9 +167,7 @@ def test_a_broken_npz_file(tmp_path):
         load("cifar10-npz", tmp_path)
 
 
-@pytest.mark.parametrize(
-    "spec", ["", "imagenet", "digits:7", "sine:-1", "sine:x", "sine:nan", "libsvm", "libsvm:"]
-)
+@pytest.mark.parametrize("spec", ["", "imagenet", "digits:7", "sine:-1", "sine:x", "sine:nan", "libsvm", "libsvm:"])
 def test_unknown_data_names_the_valid_ones(tmp_path, spec):
     with pytest.raises(UsageError, match="choose from digits, mnist, fashion-mnist, cifar10-npz, sine"):
         load(spec, tmp_path)

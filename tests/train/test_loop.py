@@ -63,9 +63,7 @@ def test_every_epoch_sees_each_sample_once_in_a_new_order():
     assert orders[0] == orders[4] != orders[5]
 
 
-@pytest.mark.parametrize(
-    ("method", "least", "most"), [("sgd", 5, 5), ("lbfgs", 6, 200), ("newton", 6, 10_000)]
-)
+@pytest.mark.parametrize(("method", "least", "most"), [("sgd", 5, 5), ("lbfgs", 6, 200), ("newton", 6, 10_000)])
 def test_work_is_counted_in_gradients(method, least, most):
     run = make(method)
     train(run, Budget(epochs=1))

@@ -191,9 +191,7 @@ def custom_loss_that_mixes_samples(dtype: torch.dtype) -> Problem:
     def loss(z: Tensor) -> Tensor:
         return torch.logsumexp((z[:, None] - z[None]).square().sum(-1).flatten(), 0)
 
-    return problem(
-        d.params, lambda: [d.heads[1](d.body(d.x))], loss, lambda: loss(tn.outputs(d.heads[1](d.body(d.x))))
-    )
+    return problem(d.params, lambda: [d.heads[1](d.body(d.x))], loss, lambda: loss(tn.outputs(d.heads[1](d.body(d.x)))))
 
 
 @closure
@@ -204,9 +202,7 @@ def torch_loss_behind_outputs(dtype: torch.dtype) -> Problem:
     def loss(z: Tensor) -> Tensor:
         return F.mse_loss(z.exp(), -d.t.abs())
 
-    return problem(
-        d.params, lambda: [d.heads[1](d.body(d.x))], loss, lambda: loss(tn.outputs(d.heads[1](d.body(d.x))))
-    )
+    return problem(d.params, lambda: [d.heads[1](d.body(d.x))], loss, lambda: loss(tn.outputs(d.heads[1](d.body(d.x)))))
 
 
 @closure
@@ -360,9 +356,7 @@ def variance_beside_the_mean(dtype: torch.dtype) -> Problem:
     """A variance that is data, of another shape than the mean."""
     d = _data(dtype)
     variance = uniform(5, 1, low=0.5, high=2.0).to(dtype)
-    return problem(
-        d.params, lambda: [d.heads[1](d.body(d.x))], lambda z: F.gaussian_nll_loss(z, d.t, variance)
-    )
+    return problem(d.params, lambda: [d.heads[1](d.body(d.x))], lambda z: F.gaussian_nll_loss(z, d.t, variance))
 
 
 @closure
@@ -399,16 +393,12 @@ def distillation(dtype: torch.dtype) -> Problem:
 
     def closure() -> Tensor:
         z = d.heads[0](d.body(d.x))
-        return F.kl_div(F.log_softmax(z / 2, 1), teacher, reduction="batchmean") + 0.5 * F.cross_entropy(
-            z, d.y
-        )
+        return F.kl_div(F.log_softmax(z / 2, 1), teacher, reduction="batchmean") + 0.5 * F.cross_entropy(z, d.y)
 
     return problem(
         params,
         outputs,
-        lambda a, z: (
-            F.kl_div(a.log_softmax(1), teacher, reduction="batchmean") + 0.5 * F.cross_entropy(z, d.y)
-        ),
+        lambda a, z: F.kl_div(a.log_softmax(1), teacher, reduction="batchmean") + 0.5 * F.cross_entropy(z, d.y),
         closure,
     )
 

@@ -54,9 +54,7 @@ LOSSES: dict[str, tuple[tuple[int, ...], Callable[[Tensor, str], Tensor]]] = {
     "cross_entropy-soft": (VECTOR, lambda z, r: F.cross_entropy(z, _as(PROBABILITIES, z), reduction=r)),
     "cross_entropy-soft-weight-smoothing": (
         VECTOR,
-        lambda z, r: F.cross_entropy(
-            z, _as(PROBABILITIES, z), _as(CLASS_WEIGHTS, z), label_smoothing=0.1, reduction=r
-        ),
+        lambda z, r: F.cross_entropy(z, _as(PROBABILITIES, z), _as(CLASS_WEIGHTS, z), label_smoothing=0.1, reduction=r),
     ),
     "cross_entropy-image": (IMAGE, lambda z, r: F.cross_entropy(z, IMAGE_LABELS, reduction=r)),
     "cross_entropy-image-weight-ignore": (
@@ -81,9 +79,7 @@ LOSSES: dict[str, tuple[tuple[int, ...], Callable[[Tensor, str], Tensor]]] = {
     "kl_div": (VECTOR, lambda z, r: F.kl_div(F.log_softmax(z, 1), _as(PROBABILITIES, z), reduction=r)),
     "kl_div-log_target": (
         VECTOR,
-        lambda z, r: nn.KLDivLoss(reduction=r, log_target=True)(
-            torch.log_softmax(z, 1), _as(PROBABILITIES, z).log()
-        ),
+        lambda z, r: nn.KLDivLoss(reduction=r, log_target=True)(torch.log_softmax(z, 1), _as(PROBABILITIES, z).log()),
     ),
     "binary_cross_entropy_with_logits": (
         VECTOR,

@@ -36,9 +36,7 @@ class Attention(nn.Module):
         self.out = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (
-            part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, dim=-1)
-        )
+        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, dim=-1))
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.out(y.transpose(1, 2).flatten(-2))
 
@@ -200,9 +198,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
     "bilinear": (lambda: Wrap(lambda layer, x: layer(x, x.sin()), nn.Bilinear(3, 3, 3)), VECTORS),
     "lstm": (lambda: Wrap(_last, nn.LSTM(3, 2, batch_first=True), nn.Linear(2, 3)), SEQUENCES),
     "lstm-deep": (
-        lambda: Wrap(
-            _every_step, nn.LSTM(3, 2, 2, batch_first=True, bidirectional=True, dropout=0.2), nn.Linear(4, 3)
-        ),
+        lambda: Wrap(_every_step, nn.LSTM(3, 2, 2, batch_first=True, bidirectional=True, dropout=0.2), nn.Linear(4, 3)),
         SEQUENCES,
     ),
     "lstm-cell": (
@@ -240,9 +236,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
         partial(uniform, 2, 3, 4),
     ),
     "attention-weights": (
-        lambda: Wrap(
-            lambda a, x: a(x, x, x)[1].transpose(1, 2), nn.MultiheadAttention(4, 2, batch_first=True)
-        ),
+        lambda: Wrap(lambda a, x: a(x, x, x)[1].transpose(1, 2), nn.MultiheadAttention(4, 2, batch_first=True)),
         partial(uniform, 2, 3, 4),
     ),
     "gpt": (GPT, TOKENS),
@@ -266,9 +260,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
     ),
     "functional-call": (
         lambda: Wrap(
-            lambda model, x: torch.func.functional_call(
-                model, {k: 2 * p for k, p in model.named_parameters()}, x
-            ),
+            lambda model, x: torch.func.functional_call(model, {k: 2 * p for k, p in model.named_parameters()}, x),
             _mlp(),
         ),
         VECTORS,

@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 
 class Damping(Protocol):
     """A rule for λ.
 
     `damped_model` says whether the predicted reduction counts λ: −gᵀd − ½dᵀ(A + λI)d, or −gᵀd − ½dᵀAd. `full_step`
-    says whether the reduction ratio is taken at the full step or at the length the line search has chosen.
+    says whether the reduction ratio is taken at the full step or at the length the line search has chosen. With
+    `relative` the numbers of the rule are in units of gᵀAg / gᵀg at the first step.
     """
 
     @property
@@ -25,6 +26,11 @@ class Damping(Protocol):
         """Whether the ratio is that of the full step."""
         ...
 
+    @property
+    def relative(self) -> bool:
+        """Whether λ is in units of the first curvature along the gradient."""
+        ...
+
     def start(self) -> float:
         """λ of the first step."""
         ...
@@ -35,6 +41,15 @@ class Damping(Protocol):
 
     def raised(self, damping: float) -> float:
         """λ after a step that was rejected."""
+        ...
+
+
+@runtime_checkable
+class LearnsFromNewData(Protocol):
+    """A damping rule that also asks how much the last step has helped on data it was not computed from."""
+
+    def update_on_new_data(self, damping: float, reduction_ratio: float, new_ratio: float) -> float:
+        """λ from that of the last step, its ratio on its own data and the one on the next step's data."""
         ...
 
 
@@ -54,11 +69,13 @@ class LevenbergMarquardt:
     maximum: float = 1e10
     damped_model: bool = False
     full_step: bool = False
+    relative: bool = False
 
     def __post_init__(self) -> None:
         if not 0 < self.decrease <= 1 <= self.increase:
             raise ValueError(
-                f"LevenbergMarquardt: decrease={self.decrease} must be in (0, 1] and increase={self.increase} at least 1."
+                f"LevenbergMarquardt: decrease={self.decrease} must be in (0, 1] and increase={self.increase} not "
+                "less than 1."
             )
         if not 0 <= self.minimum <= self.initial <= self.maximum:
             raise ValueError(
@@ -83,12 +100,42 @@ class LevenbergMarquardt:
 
 
 @dataclass(frozen=True)
+class AutoDamping(LevenbergMarquardt):
+    """Levenberg-Marquardt that finds its own scale and does not trust a step's own data alone: the default of `Newton`.
+
+    λ is relative to the curvature along the first gradient, so that a factor on the loss changes nothing. When the
+    next step comes with other data, the last step is judged on them, too: it should have reduced their loss. Where it
+    has raised it (ρ_new < 0), the step has fitted its batch, not the task, and λ grows, up to `noise_limit`; where it
+    has got half of the reduction predicted (ρ_new > ½), λ shrinks. On the same data, ρ alone decides. On a small noisy
+    batch the exact solution with λ → 0 fits every sample of it and ruins the rest; this rule keeps it from doing so.
+
+    Cost: one more loss evaluation a step where the data change.
+    """
+
+    initial: float = 1e-2
+    increase: float = 2.0
+    decrease: float = 1.0 / 3.0
+    minimum: float = 1e-12
+    relative: bool = True
+    noise_limit: float = 0.1
+
+    def update_on_new_data(self, damping: float, reduction_ratio: float, new_ratio: float) -> float:
+        """See `LearnsFromNewData.update_on_new_data`."""
+        if not reduction_ratio >= self.lower:
+            return self.raised(damping)
+        if not new_ratio >= 0:
+            return max(damping, min(damping * self.increase, self.noise_limit))
+        return max(damping * self.decrease, self.minimum) if new_ratio > 0.5 else damping
+
+
+@dataclass(frozen=True)
 class ConstantDamping:
     """The same λ in every step."""
 
     value: float
     damped_model: bool = False
     full_step: bool = False
+    relative: bool = False
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.value) and self.value >= 0):
@@ -114,6 +161,7 @@ class ScheduledDamping:
     schedule: Callable[[int], float]
     damped_model: bool = False
     full_step: bool = False
+    relative: bool = False
 
     def start(self) -> float:
         """See `Damping.start`."""

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from torchnewton import vectors
 from torchnewton.curvature import Diagonal, GaussNewton, LinearOperator, forward_flops
-from torchnewton.globalization import Armijo, Damping, LevenbergMarquardt, LineSearch
+from torchnewton.globalization import Armijo, AutoDamping, Damping, LearnsFromNewData, LineSearch
 from torchnewton.optim.acceleration import GeodesicAcceleration
 from torchnewton.optim.point import Point
 from torchnewton.optim.report import StepReport
@@ -71,7 +71,7 @@ class Newton(Optimizer):
         super().__init__(params, {"weight_decay": weight_decay})
         self.curvature = curvature
         self.solver: Solver = Auto() if solver is None else solver
-        self.damping: Damping = LevenbergMarquardt() if damping is None else damping
+        self.damping: Damping = AutoDamping() if damping is None else damping
         self.line_search: LineSearch = Armijo() if line_search is None else line_search
         self.momentum = momentum
         self.acceleration = acceleration
@@ -95,7 +95,7 @@ class Newton(Optimizer):
                 "torch.optim.LBFGS."
             )
         pairs = [(p, group["weight_decay"]) for group in self.param_groups for p in group["params"] if p.requires_grad]
-        self.report = StepReport(damping=self._memory["damping"])
+        self.report = StepReport(damping=self._memory["damping"] * (self._memory["scale"] or 1.0))
         with self._timed("record"):
             point = Point(closure, [p for p, _ in pairs], [w for _, w in pairs], create_graph=self._memory["products"])
         try:
@@ -124,8 +124,11 @@ class Newton(Optimizer):
             report.status = "the gradient is zero: this is a stationary point"
             return ""
         average, gradient = self._averaged(point)
+        with self._timed("search"):
+            self._judge_on_new_data(point)
         with self._timed("record"):
             A = self._operator(point, curvature)
+            self._find_scale(A, gradient)
         solver = self.solver_at(memory["step"])
         for _ in range(1 + self.retries):
             with self._timed("solve"):
@@ -136,12 +139,36 @@ class Newton(Optimizer):
                 self._search(point, gradient, result)
             if report.accepted:
                 break
-        report.gradient_equivalents += self._equivalents(point, A)
+        report.gradient_equivalents = self._equivalents(point, A)
         memory["step"] += 1
         if self.momentum:
             for p, m in zip(point.params, average, strict=True):
                 self.state[p]["momentum"] = m
         return ""
+
+    def _find_scale(self, A: LinearOperator, gradient: Vector) -> None:
+        """At the first step, for a relative rule: the unit of λ is gᵀAg / gᵀg."""
+        memory = self._memory
+        if memory["scale"] is None:
+            curvature = vectors.dot(gradient, A @ gradient) / vectors.dot(gradient, gradient)
+            memory["scale"] = curvature if math.isfinite(curvature) and curvature > 0 else 1.0
+            self.report.products += 1
+
+    def _judge_on_new_data(self, point: Point) -> None:
+        """Where the closure's data have changed since the last step: has that step helped on them, too?"""
+        memory, last = self._memory, self._memory["last"]
+        memory["last"] = None
+        steps = [self.state[p].pop("last_step", None) for p in point.params]
+        if last is None or not isinstance(self.damping, LearnsFromNewData):
+            return
+        damping, ratio, predicted, value = last
+        same_data = abs(point.value - value) <= 1e-6 * abs(value)
+        directions = [d for d in steps if d is not None]
+        if same_data or len(directions) < len(steps):
+            return
+        before = point.evaluate(directions, -1.0)
+        self.report.loss_evaluations += 1
+        memory["damping"] = self.damping.update_on_new_data(damping, ratio, (before - point.value) / predicted)
 
     def _averaged(self, point: Point) -> tuple[Vector, Vector]:
         """The running average m of gradients, and m / (1 − βᵗ)."""
@@ -169,56 +196,63 @@ class Newton(Optimizer):
         return A
 
     def _solve(self, solver: Solver, A: LinearOperator, gradient: Vector) -> SolveResult:
-        report, damping = self.report, self._memory["damping"]
-        preconditioner = self.preconditioner(gradient, damping)
-        result = solver.solve(A + damping, vectors.scale(gradient, -1.0), preconditioner=preconditioner)
-        report.damping = damping
+        report, memory = self.report, self._memory
+        damping = report.damping = memory["damping"] * memory["scale"]
+        rhs = vectors.scale(gradient, -1.0)
+        result = solver.solve(A + damping, rhs, preconditioner=self.preconditioner(gradient, damping))
         report.solver = result.method
         report.status = result.status.value
         report.inner_iterations += result.num_iterations
         report.products += result.num_products
-        self._memory["products"] = result.num_products > 0
+        memory["products"] = result.num_products > 0
         return result
 
     def _search(self, point: Point, gradient: Vector, result: SolveResult) -> None:
         """Judge the direction, choose a step length, move if it is accepted, adapt λ."""
-        report, rule, d = self.report, self.damping, result.solution
+        report, rule, memory, d = self.report, self.damping, self._memory, result.solution
         slope = vectors.dot(gradient, d)
-        damping_term = report.damping * vectors.dot(d, d)
+        if not slope < 0:
+            report.status = f"no descent direction was found: {result.status.value}"
+            memory["damping"] = rule.raised(memory["damping"])
+            return
         curved = -slope - vectors.dot(result.residual, d)  # dᵀ(A + λI)d, from the residual b − (A + λI)d
         if not rule.damped_model:
-            curved -= damping_term
+            curved -= report.damping * vectors.dot(d, d)
+        if self.acceleration is not None and result.reuse is not None:
+            d = self.acceleration.corrected(point, d, result.reuse)
+            report.loss_evaluations += 2
 
         def evaluate(step_length: float) -> float:
             report.loss_evaluations += 1
             return point.evaluate(d, step_length)
 
-        if not slope < 0:
-            report.status = f"no descent direction was found: {result.status.value}"
-            report.accepted, report.step_length = False, 0.0
-            self._memory["damping"] = rule.raised(report.damping)
-            return
-        if self.acceleration is not None and result.reuse is not None:
-            d = self.acceleration.corrected(point, d, result.reuse)
-            report.loss_evaluations += 2
         full = evaluate(1.0)
         found = self.line_search.search(evaluate, point.value, slope, full)
         alpha, value = (1.0, full) if rule.full_step else (found.step_length, found.value)
         report.predicted_reduction = -(alpha * slope + 0.5 * alpha**2 * curved)
         report.actual_reduction = point.value - value
         report.reduction_ratio = report.actual_reduction / report.predicted_reduction
-        report.accepted, report.step_length = found.accepted, found.step_length
-        if found.accepted:
-            point.move(d, found.step_length)
-            self._memory["value"] = found.value
-            self._memory["damping"] = rule.update(report.damping, report.reduction_ratio, self._memory["step"] + 1)
-        else:
-            report.status, report.step_length = "no step length gave a sufficient decrease", 0.0
-            self._memory["damping"] = rule.raised(report.damping)
+        if not found.accepted:
+            report.status = "no step length gave a sufficient decrease"
+            memory["damping"] = rule.raised(memory["damping"])
+            return
+        report.accepted, report.step_length = True, found.step_length
+        point.move(d, found.step_length)
+        if isinstance(rule, LearnsFromNewData):
+            memory["last"] = (
+                memory["damping"],
+                report.reduction_ratio,
+                report.predicted_reduction,
+                found.value,
+            )
+            for p, x in zip(point.params, d, strict=True):
+                self.state[p]["last_step"] = x * found.step_length
+        memory["damping"] = rule.update(memory["damping"], report.reduction_ratio, memory["step"] + 1)
 
     def _reject(self, reason: str) -> None:
         self.report.status = f"rejected: {reason}"
         self.report.accepted = False
+        self._memory["last"] = None
         self._memory["damping"] = self.damping.raised(self._memory["damping"])
 
     def _check_repeatable(self, point: Point) -> None:
@@ -248,7 +282,9 @@ class Newton(Optimizer):
         """What the optimizer remembers between steps; kept, as in `torch.optim.LBFGS`, with the first parameter."""
         state: dict[str, Any] = self.state[self.param_groups[0]["params"][0]]
         if "damping" not in state:
-            state.update(step=0, damping=self.damping.start(), value=math.nan, products=False, checked=False, warned=False)
+            scale = None if self.damping.relative else 1.0
+            state.update(step=0, damping=self.damping.start(), scale=scale, last=None)
+            state.update(products=False, checked=False, warned=False)
         return state
 
     @contextmanager

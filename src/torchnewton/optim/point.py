@@ -21,7 +21,12 @@ class Point:
     """
 
     def __init__(
-        self, closure: Closure, params: Sequence[Tensor], weight_decay: Sequence[float], *, create_graph: bool = True
+        self,
+        closure: Closure,
+        params: Sequence[Tensor],
+        weight_decay: Sequence[float],
+        *,
+        create_graph: bool = True,
     ) -> None:
         self.params = list(params)
         self.weight_decay = list(weight_decay)

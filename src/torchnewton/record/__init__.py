@@ -7,4 +7,16 @@ from torchnewton.record.samples import NotPerSampleError, PerSample
 from torchnewton.record.tape import Tape, record
 from torchnewton.record.term import Piece, Term, warn_about_rest
 
-__all__ = ["Closure", "LayerCall", "NotPerSampleError", "PerSample", "Piece", "RecordError", "Tape", "Term", "outputs", "record", "warn_about_rest"]
+__all__ = [
+    "Closure",
+    "LayerCall",
+    "NotPerSampleError",
+    "PerSample",
+    "Piece",
+    "RecordError",
+    "Tape",
+    "Term",
+    "outputs",
+    "record",
+    "warn_about_rest",
+]

@@ -13,7 +13,13 @@ from torchnewton.record.errors import RecordError
 
 Edge = tuple[Node, int]
 
-_NO_SECOND_DERIVATIVE = ("derivative for", "double backward", "does not support", "not implemented", "once_differentiable")
+_NO_SECOND_DERIVATIVE = (
+    "derivative for",
+    "double backward",
+    "does not support",
+    "not implemented",
+    "once_differentiable",
+)
 
 
 def edge_of(tensor: Tensor) -> Edge:
@@ -55,7 +61,7 @@ def grad(
         found = iter(
             torch.autograd.grad(
                 [GradientEdge(*edge) for edge in of],
-                [t if isinstance(t, Tensor) else GradientEdge(*t) for t in places],
+                [get_gradient_edge(t) if isinstance(t, Tensor) else GradientEdge(*t) for t in places],
                 weights,
                 retain_graph=True,
                 create_graph=create_graph,

@@ -28,10 +28,10 @@ class LossRule:
     linear: bool = False
 
 
-SOFTMAX = frozenset(
+SOFTMAX: frozenset[Function] = frozenset(
     {F.log_softmax, torch.log_softmax, Tensor.log_softmax, F.softmax, torch.softmax, Tensor.softmax}
 )
-SIGMOID = frozenset({F.sigmoid, torch.sigmoid, Tensor.sigmoid, torch.special.expit})
+SIGMOID: frozenset[Function] = frozenset({F.sigmoid, torch.sigmoid, Tensor.sigmoid, torch.special.expit})
 ACTIVATIONS = SOFTMAX | SIGMOID
 
 _BOTH = LossRule(("input", "target"))

@@ -123,34 +123,29 @@ class Recorder(Watcher):
                 "with sparse=False."
             )
         result = super().on_call(func, args, kwargs)
-        if not isinstance(result, (Tensor, tuple)):
-            return result
-        if func is outputs and result.requires_grad:
-            self.marked.append(Candidate.of("outputs", [result], result))
-        elif func in LOSSES and result.requires_grad:
+        output = result if isinstance(result, Tensor) else next(tensors_in([result]), None)
+        if output is not None and output.grad_fn is not None:
+            self._keep(func, args, kwargs, output)
+        return result
+
+    def _keep(self, func: Function, args: Sequence[Any], kwargs: Mapping[str, Any], output: Tensor) -> None:
+        if func is outputs:
+            self.marked.append(Candidate.of("outputs", [output], output))
+        elif func in LOSSES:
             inputs = split_inputs(LOSSES[func], args, kwargs, self._activations)
             if inputs:
-                self.candidates.append(Candidate.of(func.__name__, inputs, result))
-        elif func in ACTIVATIONS and result.grad_fn is not None:
-            self._activations[result.grad_fn] = (func, args[0] if args else kwargs["input"])
+                self.candidates.append(Candidate.of(func.__name__, inputs, output))
+        elif func in ACTIVATIONS and output.grad_fn is not None:
+            self._activations[output.grad_fn] = (func, args[0] if args else kwargs["input"])
         elif self._uses_parameter(args, kwargs):
-            self._keep_layer(func, args, kwargs, result)
-        return result
+            tensors = [*tensors_in(args), *tensors_in(kwargs)]
+            used = tuple(t for t in tensors if id(t) in self._ids)
+            others = (t for t in tensors if id(t) not in self._ids)
+            self.layer_calls.append(LayerCall(func, used, next(others, None), output))
 
     def _uses_parameter(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
         ids = self._ids
         return any(id(t) in ids for t in tensors_in(args)) or any(id(t) in ids for t in tensors_in(kwargs))
-
-    def _keep_layer(
-        self, func: Function, args: Sequence[Any], kwargs: Mapping[str, Any], result: Tensor | tuple[Any, ...]
-    ) -> None:
-        output = result if isinstance(result, Tensor) else next(tensors_in(result), None)
-        if output is None or not output.requires_grad or output.grad_fn is None:
-            return
-        tensors = [*tensors_in(args), *tensors_in(kwargs)]
-        used = tuple(t for t in tensors if id(t) in self._ids)
-        others = (t for t in tensors if id(t) not in self._ids)
-        self.layer_calls.append(LayerCall(func, used, next(others, None), output))
 
 
 def _backward_arguments(
@@ -169,15 +164,17 @@ def _backward_arguments(
     weights = [weights] * len(losses) if weights is None or isinstance(weights, Tensor) else list(weights)
     for loss, weight in zip(losses, weights, strict=True):
         if weight is None and loss.numel() != 1:
-            raise RecordError(f"backward() was called on a tensor of shape {tuple(loss.shape)}: reduce it to a scalar loss.")
+            raise RecordError(
+                f"backward() was called on a tensor of shape {tuple(loss.shape)}: reduce it to a scalar loss."
+            )
         yield loss, torch.ones_like(loss) if weight is None else weight
 
 
 @contextmanager
 def refuse_grad_scaler() -> Iterator[None]:
     """Let `GradScaler.scale` inside a closure say why it cannot be used."""
-    scaler = torch.amp.GradScaler
-    original = scaler.scale
+    owner, name = torch.amp.GradScaler, "scale"
+    original = getattr(owner, name)
 
     def scale(self: torch.amp.GradScaler, losses: Any) -> Any:
         if self.is_enabled():
@@ -187,8 +184,8 @@ def refuse_grad_scaler() -> Iterator[None]:
             )
         return original(self, losses)
 
-    setattr(scaler, "scale", scale)
+    setattr(owner, name, scale)
     try:
         yield
     finally:
-        setattr(scaler, "scale", original)
+        setattr(owner, name, original)

@@ -81,7 +81,7 @@ class PerSample(Replay):
 
     def _linear(self, x: Tensor, positions: Sequence[int]) -> Tensor:
         weight = self.params[positions[0]].detach()
-        y: Tensor = PairedProduct.apply(x, weight, self._pairs.token, self._pairs, positions, False)
+        y = _paired_product(x, weight, self._pairs.token, self._pairs, positions, False)
         return y + self.params[positions[1]].detach() if len(positions) > 1 else y
 
     def _copies_of(self, tensor: Tensor, n: int) -> Tensor:
@@ -161,7 +161,13 @@ class PairedProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, token: Tensor, pairs: Pairs, positions: Sequence[int], transposed: bool
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        token: Tensor,
+        pairs: Pairs,
+        positions: Sequence[int],
+        transposed: bool,
     ) -> Tensor:
         """See the class."""
         ctx.save_for_backward(x, weight, token)
@@ -180,8 +186,11 @@ class PairedProduct(torch.autograd.Function):
                 ctx.pairs.add(ctx.positions[1], grad, None)
         if not ctx.needs_input_grad[0]:
             return None, None, None, None, None, None
-        back = PairedProduct.apply(grad, weight, token, ctx.pairs, ctx.positions[:1], not ctx.transposed)
+        back = _paired_product(grad, weight, token, ctx.pairs, ctx.positions[:1], not ctx.transposed)
         return back, None, None, None, None, None
+
+
+_paired_product: Callable[..., Tensor] = PairedProduct.apply
 
 
 def _replaced(values: Any, parts: Iterator[Tensor]) -> list[Any]:

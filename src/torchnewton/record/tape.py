@@ -188,7 +188,7 @@ def _scalar(value: Any) -> Tensor:
     if not isinstance(value, Tensor) or value.numel() != 1:
         kind = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         raise RecordError(
-            f"the closure returned {kind}: return the scalar loss, computed from the parameters (loss, not loss.item(), "
-            "unless the closure calls loss.backward() itself)."
+            f"the closure returned {kind}: return the scalar loss, computed from the parameters (loss, not "
+            "loss.item(), unless the closure calls loss.backward() itself)."
         )
     return value

@@ -128,7 +128,11 @@ class Term:
 
 
 def _pieces(
-    loss: Tensor, weight: Tensor, candidates: Sequence[Candidate], marked: Sequence[Candidate], params: Sequence[Tensor]
+    loss: Tensor,
+    weight: Tensor,
+    candidates: Sequence[Candidate],
+    marked: Sequence[Candidate],
+    params: Sequence[Tensor],
 ) -> tuple[list[Piece], bool]:
     """The outermost candidates that `loss` is made of, and whether a parameter is reached beside them.
 
@@ -161,7 +165,8 @@ def _pieces(
 def warn_about_rest() -> None:
     """Say that part of the loss has no curvature in the Gauss-Newton matrix."""
     warnings.warn(
-        "part of the loss reaches the parameters beside the recorded outputs: it counts in the gradient, but not in the "
-        "Gauss-Newton matrix. For an L2 penalty use weight_decay=; for another loss mark its outputs with tn.outputs(z).",
+        "part of the loss reaches the parameters beside the recorded outputs: it counts in the gradient, but not in "
+        "the Gauss-Newton matrix. For an L2 penalty use weight_decay=; for another loss mark its outputs with "
+        "tn.outputs(z).",
         stacklevel=2,
     )

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from torchnewton.solvers.cg import CG
@@ -50,26 +51,28 @@ class Auto:
     """The cheapest of `Direct`, `Dual` and `CG`, by counting floating-point operations for P parameters.
 
     direct:  `A.dense_flops` + P³/3
-    dual:    `A.factor_flops` + 2(n²P + n³/3), n = `A.factor_rows`; twice, since it needs float64
-    CG:      `cg.max_iterations` · `A.product_flops`
+    dual:    `A.factor_flops` + n²P + n³/3, n = `A.factor_rows`; twice that in float32, since it computes in float64
+    CG:      `expected_iterations` · `A.product_flops`, the products of a solve that is as good
 
     The operator states the costs, and by `can_form_dense` whether matrix and factor are to be had at them; any other
     operator is solved by CG. `SolveResult.method` says what was chosen and why.
     """
 
-    cg: CG = field(default_factory=CG)
+    cg: CG = field(default_factory=lambda: CG(rtol=0.1, max_iterations=20))
     direct: Direct = field(default_factory=Direct)
     dual: Dual = field(default_factory=Dual)
+    expected_iterations: int = 50
 
-    def choose(self, A: Operator, size: int) -> tuple[Solver, str]:
-        """The solver for a system of `size` unknowns, and why."""
+    def choose(self, A: Operator, b: Sequence[Tensor]) -> tuple[Solver, str]:
+        """The solver for a system with this right-hand side, and why."""
         if not isinstance(A, StatesCosts):
             return self.cg, "the operator states no costs"
-        n = A.factor_rows
+        n, size = A.factor_rows, num_entries(b)
+        dual = (n**2 * size + n**3 / 3) * (1 if b[0].dtype is torch.float64 else 2)
         costs: list[tuple[float, str, Solver]] = [
-            (self.cg.max_iterations * A.product_flops, "CG up to", self.cg),
+            (self.expected_iterations * A.product_flops, "CG", self.cg),
             (A.dense_flops + size**3 / 3, "direct", self.direct),
-            (A.factor_flops + 2 * (n**2 * size + n**3 / 3), "dual", self.dual),
+            (A.factor_flops + dual, "dual", self.dual),
         ]
         if size > self.direct.max_parameters:
             del costs[1]
@@ -80,9 +83,13 @@ class Auto:
         return solver, reason
 
     def solve(
-        self, A: Operator, b: Sequence[Tensor], x0: Sequence[Tensor] | None = None, preconditioner: Operator | None = None
+        self,
+        A: Operator,
+        b: Sequence[Tensor],
+        x0: Sequence[Tensor] | None = None,
+        preconditioner: Operator | None = None,
     ) -> SolveResult:
         """See `Solver.solve`."""
-        solver, reason = self.choose(A, num_entries(b))
+        solver, reason = self.choose(A, b)
         result = solver.solve(A, b, x0, preconditioner)
         return replace(result, method=f"{result.method}; {reason}")

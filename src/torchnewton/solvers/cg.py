@@ -41,7 +41,11 @@ class CG:
             raise ValueError(f"CG: max_iterations={self.max_iterations} must be at least 1.")
 
     def solve(
-        self, A: Operator, b: Sequence[Tensor], x0: Sequence[Tensor] | None = None, preconditioner: Operator | None = None
+        self,
+        A: Operator,
+        b: Sequence[Tensor],
+        x0: Sequence[Tensor] | None = None,
+        preconditioner: Operator | None = None,
     ) -> SolveResult:
         """See `Solver.solve`."""
         x = zeros_like(b) if x0 is None else clone(x0)
@@ -88,5 +92,3 @@ class CG:
 def product(A: Operator, v: Sequence[Tensor]) -> Vector:
     """A @ v for an operator on lists, or a plain matrix on a list of one flat tensor."""
     return [A @ v[0]] if isinstance(A, Tensor) else A @ v
-
-

@@ -24,7 +24,11 @@ class Direct:
     max_parameters: int = 20_000
 
     def solve(
-        self, A: Operator, b: Sequence[Tensor], x0: Sequence[Tensor] | None = None, preconditioner: Operator | None = None
+        self,
+        A: Operator,
+        b: Sequence[Tensor],
+        x0: Sequence[Tensor] | None = None,
+        preconditioner: Operator | None = None,
     ) -> SolveResult:
         """See `Solver.solve`."""
         size = num_entries(b)

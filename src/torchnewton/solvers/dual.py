@@ -34,7 +34,11 @@ class Dual:
     """
 
     def solve(
-        self, A: Operator, b: Sequence[Tensor], x0: Sequence[Tensor] | None = None, preconditioner: Operator | None = None
+        self,
+        A: Operator,
+        b: Sequence[Tensor],
+        x0: Sequence[Tensor] | None = None,
+        preconditioner: Operator | None = None,
     ) -> SolveResult:
         """See `Solver.solve`."""
         found = A.factored() if isinstance(A, Factored) else None

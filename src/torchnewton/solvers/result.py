@@ -54,7 +54,11 @@ class Solver(Protocol):
     """A frozen configuration that solves Ax = b."""
 
     def solve(
-        self, A: Operator, b: Sequence[Tensor], x0: Sequence[Tensor] | None = None, preconditioner: Operator | None = None
+        self,
+        A: Operator,
+        b: Sequence[Tensor],
+        x0: Sequence[Tensor] | None = None,
+        preconditioner: Operator | None = None,
     ) -> SolveResult:
         """Solve Ax = b from x0 (default 0); `preconditioner @ r` approximates A⁻¹r."""
         ...

@@ -127,9 +127,7 @@ def _digits(data_dir: Path) -> Dataset:
 
     x, y = load_digits(return_X_y=True)
     images = x.reshape(-1, 1, 8, 8) / 16
-    x_train, x_test, y_train, y_test = train_test_split(
-        images, y, test_size=0.2, stratify=y, random_state=SPLIT_SEED
-    )
+    x_train, x_test, y_train, y_test = train_test_split(images, y, test_size=0.2, stratify=y, random_state=SPLIT_SEED)
     return _classes("digits", x_train, y_train, x_test, y_test)
 
 
@@ -158,9 +156,7 @@ def _idx_images(name: str, data_dir: Path) -> Dataset:
     folder = next((d for d in (data_dir / name, data_dir) if all((d / f).is_file() for f in files)), None)
     if folder is None:
         place = data_dir / name
-        raise UsageError(
-            f"The {name} files are missing: put {', '.join(files)} into {place}, or give --data-dir."
-        )
+        raise UsageError(f"The {name} files are missing: put {', '.join(files)} into {place}, or give --data-dir.")
     x_train, y_train, x_test, y_test = (_idx(folder / file) for file in files)
     if len(x_train) != len(y_train) or len(x_test) != len(y_test):
         raise UsageError(f"The {name} files in {folder} hold different numbers of images and labels.")

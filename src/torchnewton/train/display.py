@@ -46,15 +46,11 @@ class Display:
         self.task = self.progress.add_task("", total=1.0)
 
     def __enter__(self) -> Self:
-        self._print(
-            ("epoch", "step", "train loss", f"test {self.metric}", "λ", "ρ", "inner", "work", "CPU s"), "bold"
-        )
+        self._print(("epoch", "step", "train loss", f"test {self.metric}", "λ", "ρ", "inner", "work", "CPU s"), "bold")
         self.progress.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.progress.stop()
 
     def show_step(self, run: Run) -> None:

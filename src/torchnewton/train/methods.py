@@ -90,9 +90,7 @@ class Muon(torch.optim.Optimizer):
 
 _ADAM_RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 METHODS = {
-    "newton": Method(
-        lambda model, lr: Newton(model.parameters()), small_batch=256, large_batch=1000, epochs=5
-    ),
+    "newton": Method(lambda model, lr: Newton(model.parameters()), small_batch=256, large_batch=1000, epochs=5),
     "sgn": Method(lambda model, lr: SGN(model.parameters()), small_batch=256, large_batch=1000, epochs=5),
     "adam": Method(lambda model, lr: torch.optim.Adam(model.parameters(), lr=lr), 1e-3, _ADAM_RATES),
     "sgd": Method(

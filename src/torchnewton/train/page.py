@@ -20,15 +20,11 @@ def write_page(comparison: Comparison, folder: Path) -> None:
     """Writes the three files into `folder`."""
     curves = [Curves(e.method, [r.history for r in e.results]) for e in comparison.entries]
     name, floor = comparison.data.metric, 0.5 / len(comparison.data.y_test)
-    write_atomically(
-        folder / "compare.json", lambda p: p.write_text(to_json(_raw(comparison), indent=1) + "\n")
-    )
+    write_atomically(folder / "compare.json", lambda p: p.write_text(to_json(_raw(comparison), indent=1) + "\n"))
     figures = [panel_svg(panel, curves, floor) for panel in panels(name)]
     html = _html(comparison, figures)
     write_atomically(folder / "compare.html", lambda p: p.write_text(html, encoding="utf-8"))
-    write_atomically(
-        folder / "compare.png", lambda p: comparison_png(title(comparison), name, curves, floor, p)
-    )
+    write_atomically(folder / "compare.png", lambda p: comparison_png(title(comparison), name, curves, floor, p))
 
 
 def title(comparison: Comparison) -> str:
@@ -79,16 +75,12 @@ def _html(comparison: Comparison, figures: list[str]) -> str:
         "model": settings.model,
         "budget": f"{settings.seconds:g} CPU seconds a run",
         "seeds": ", ".join(str(settings.seed + i) for i in range(comparison.seeds)),
-        "batch sizes": ", ".join(
-            f"{e.method} {e.results[0].settings.batch_size}" for e in comparison.entries
-        ),
+        "batch sizes": ", ".join(f"{e.method} {e.results[0].settings.batch_size}" for e in comparison.entries),
         "threads": settings.threads,
         "device": settings.device,
         **comparison.about,
     }
-    details = [
-        _detail(comparison, entry, result) for entry in comparison.entries for result in entry.all_results
-    ]
+    details = [_detail(comparison, entry, result) for entry in comparison.entries for result in entry.all_results]
     return environment.get_template("compare.html").render(
         title=title(comparison),
         comparison=comparison,

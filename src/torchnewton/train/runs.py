@@ -159,9 +159,7 @@ def _train_in(folder: RunFolder, settings: Settings, run: Run, console: Console)
         folder.save(run)
         write_atomically(folder.path / "curves.png", lambda p: plot_run(run.history, run.data.metric, p))
     if status == "interrupted":
-        console.print(
-            f"Interrupted and saved; continue with: torchnewton train --resume {folder.path}", soft_wrap=True
-        )
+        console.print(f"Interrupted and saved; continue with: torchnewton train --resume {folder.path}", soft_wrap=True)
         return 130
     console.print(summary(run, status))
     console.print(f"Saved in {folder.path}: {', '.join(folder.FILES)}", soft_wrap=True)

@@ -1,0 +1,1 @@
+"""Measurements: `suite` trains with several methods, `products` times curvature products."""
