@@ -35,14 +35,14 @@ def factor_from_blocks(blocks: Sequence[SampleBlock]) -> Tensor:
     """R with G = RᵀR in float64: the rows of J, weighted by B^½ sample by sample."""
     parts = []
     for block in blocks:
-        rows, hessians = block.rows.double(), block.hessians.double()
-        if rows.shape[1] == 1:
-            parts.append(hessians.clamp(min=0).sqrt().squeeze(2) * rows.squeeze(1))
-            continue
-        values, basis = torch.linalg.eigh(hessians)
-        root = values.clamp(min=0).sqrt().unsqueeze(2) * basis.mT
-        parts.append(torch.bmm(root, rows).flatten(0, 1))
-    return torch.cat(parts)
+        if block.rows.shape[1] == 1:
+            part = block.rows.squeeze(1) * block.hessians.clamp(min=0).sqrt().squeeze(2)
+        else:
+            values, basis = torch.linalg.eigh(block.hessians.double())
+            root = values.clamp(min=0).sqrt().unsqueeze(2) * basis.mT
+            part = torch.bmm(root.to(block.rows.dtype), block.rows).flatten(0, 1)
+        parts.append(part.double())
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
 def sample_blocks(tape: Tape) -> list[SampleBlock]:

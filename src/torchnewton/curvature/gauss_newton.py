@@ -7,6 +7,7 @@ from functools import cached_property
 
 from torch import Tensor
 
+from torchnewton.costs import Costs
 from torchnewton.curvature.dense import (
     SampleBlock,
     dense_from_blocks,
@@ -89,26 +90,20 @@ class GaussNewton(LinearOperator):
         """
         return self._dense
 
-    @property
-    def product_flops(self) -> float:
-        """4/3 of a gradient, and `_CALL_FLOPS` for each layer call and pass over it."""
-        return 4 * forward_flops(self.tape) + 4 * _CALL_FLOPS * len(self.tape.layer_calls)
-
-    @property
-    def factor_rows(self) -> int:
-        """The numbers in the outputs."""
-        return sum(z.numel() for z in self.tape.outputs)
-
-    @property
-    def factor_flops(self) -> float:
-        """The rows from per-sample copies: a forward pass and a backward pass for each output of a sample."""
+    def costs(self) -> Costs:
+        """Product: 4/3 of a gradient, and `_CALL_FLOPS` for each layer call in four passes. Factor: the rows, a
+        forward pass and for each output of a sample a backward pass. Dense: the rows and a symmetric product.
+        """
+        forward, calls = forward_flops(self.tape), len(self.tape.layer_calls)
         widths = [z.numel() // max(z.shape[0], 1) for z in self.tape.outputs if z.dim()]
-        return (2 + 4 * max(widths, default=0)) * forward_flops(self.tape)
-
-    @property
-    def dense_flops(self) -> float:
-        """The rows and the symmetric product."""
-        return self.factor_flops + float(self.factor_rows) * self.shape[1] ** 2
+        rows = sum(z.numel() for z in self.tape.outputs)
+        factor = (2 + 4 * max(widths, default=0)) * forward
+        return Costs(
+            product=4 * (forward + _CALL_FLOPS * calls),
+            dense=factor + float(rows) * self.shape[1] ** 2,
+            factor=factor,
+            factor_rows=rows,
+        )
 
     def can_form_dense(self) -> bool:
         """Whether the rows come from per-sample copies."""

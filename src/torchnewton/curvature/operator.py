@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import overload
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from torchnewton import vectors
+from torchnewton.costs import Costs
 from torchnewton.vectors import Vector
 
 
@@ -41,29 +41,16 @@ class LinearOperator(ABC):
         """(rows, columns)."""
         return vectors.num_entries(self.codomain), vectors.num_entries(self.domain)
 
-    @property
-    def product_flops(self) -> float:
-        """Floating-point operations of a product, overheads counted as operations; what `Auto` compares."""
-        return sum(part.product_flops for part in self.parts) or 2.0 * self.shape[0] * self.shape[1]
-
-    @property
-    def dense_flops(self) -> float:
-        """Floating-point operations of `to_dense`, likewise."""
-        return sum(part.dense_flops for part in self.parts) or self.shape[1] * self.product_flops
+    def costs(self) -> Costs:
+        """What a product, the dense matrix and a factor cost; by default the matrix is stored."""
+        if self.parts:
+            return sum((part.costs() for part in self.parts[1:]), self.parts[0].costs())
+        rows, columns = self.shape
+        return Costs(product=2.0 * rows * columns, dense=2.0 * rows * columns**2)
 
     def can_form_dense(self) -> bool:
-        """Whether `to_dense` costs no more than `dense_flops` says; the work to find out is kept."""
+        """Whether matrix and factor are to be had at that cost; the work to find out is kept."""
         return all(part.can_form_dense() for part in self.parts)
-
-    @property
-    def factor_rows(self) -> int:
-        """The rows of R in `factored`."""
-        return 0
-
-    @property
-    def factor_flops(self) -> float:
-        """Floating-point operations of `factored`; infinite where there is no factor."""
-        return math.inf
 
     def factored(self) -> tuple[Tensor, float] | None:
         """(R, σ) with A = RᵀR + σI, R in float64; None where there is no such factor."""
@@ -120,16 +107,6 @@ class Shifted(LinearOperator):
         )
         self.base = base
         self.shift = shift
-
-    @property
-    def factor_rows(self) -> int:
-        """Those of A."""
-        return self.base.factor_rows
-
-    @property
-    def factor_flops(self) -> float:
-        """That of A."""
-        return self.base.factor_flops
 
     def factored(self) -> tuple[Tensor, float] | None:
         """That of A, shifted."""
@@ -207,15 +184,9 @@ class Diagonal(LinearOperator):
         """See `LinearOperator.apply`."""
         return [d * x for d, x in zip(self.entries, v, strict=True)]
 
-    @property
-    def product_flops(self) -> float:
-        """One multiplication an entry."""
-        return float(self.shape[0])
-
-    @property
-    def dense_flops(self) -> float:
-        """One addition to a diagonal an entry."""
-        return float(self.shape[0])
+    def costs(self) -> Costs:
+        """One operation an entry."""
+        return Costs(product=float(self.shape[0]), dense=float(self.shape[0]))
 
     def to_dense(self) -> Tensor:
         """The matrix."""

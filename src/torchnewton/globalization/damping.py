@@ -35,8 +35,8 @@ class Damping(Protocol):
         """λ of the first step."""
         ...
 
-    def update(self, damping: float, reduction_ratio: float, num_steps: int) -> float:
-        """λ of the next step after `num_steps` steps, the last with this reduction ratio."""
+    def update(self, damping: float, reduction_ratio: float, step_length: float, num_steps: int) -> float:
+        """λ of the next step after `num_steps` steps, the last with this reduction ratio and step length."""
         ...
 
     def raised(self, damping: float) -> float:
@@ -48,8 +48,8 @@ class Damping(Protocol):
 class LearnsFromNewData(Protocol):
     """A damping rule that also asks how much the last step has helped on data it was not computed from."""
 
-    def update_on_new_data(self, damping: float, reduction_ratio: float, new_ratio: float) -> float:
-        """λ from that of the last step, its ratio on its own data and the one on the next step's data."""
+    def update_on_new_data(self, damping: float, reduction_ratio: float, step_length: float, new_ratio: float) -> float:
+        """λ from that of the last step, its ratio on its own data, its length, and its ratio on the new data."""
         ...
 
 
@@ -87,7 +87,7 @@ class LevenbergMarquardt:
         """See `Damping.start`."""
         return self.initial
 
-    def update(self, damping: float, reduction_ratio: float, num_steps: int) -> float:
+    def update(self, damping: float, reduction_ratio: float, step_length: float, num_steps: int) -> float:
         """See `Damping.update`."""
         if not reduction_ratio >= self.lower:
             return self.raised(damping)
@@ -108,24 +108,32 @@ class AutoDamping(LevenbergMarquardt):
     has raised it (ρ_new < 0), the step has fitted its batch, not the task, and λ grows, up to `noise_limit`; where it
     has got half of the reduction predicted (ρ_new > ½), λ shrinks. On the same data, ρ alone decides. On a small noisy
     batch the exact solution with λ → 0 fits every sample of it and ruins the rest; this rule keeps it from doing so.
+    A step that the line search had to shorten does not lower λ on its own data, one shortened to less than a quarter
+    on none.
 
     Cost: one more loss evaluation a step where the data change.
     """
 
-    initial: float = 1e-2
+    initial: float = 1e-3
     increase: float = 2.0
     decrease: float = 1.0 / 3.0
     minimum: float = 1e-12
     relative: bool = True
-    noise_limit: float = 0.1
+    noise_limit: float = 0.03
 
-    def update_on_new_data(self, damping: float, reduction_ratio: float, new_ratio: float) -> float:
+    def update(self, damping: float, reduction_ratio: float, step_length: float, num_steps: int) -> float:
+        """See `Damping.update`."""
+        ratio = reduction_ratio if step_length == 1 else min(reduction_ratio, self.upper)
+        return super().update(damping, ratio, step_length, num_steps)
+
+    def update_on_new_data(self, damping: float, reduction_ratio: float, step_length: float, new_ratio: float) -> float:
         """See `LearnsFromNewData.update_on_new_data`."""
         if not reduction_ratio >= self.lower:
             return self.raised(damping)
         if not new_ratio >= 0:
             return max(damping, min(damping * self.increase, self.noise_limit))
-        return max(damping * self.decrease, self.minimum) if new_ratio > 0.5 else damping
+        helped = new_ratio > 0.5 and step_length >= 0.25
+        return max(damping * self.decrease, self.minimum) if helped else damping
 
 
 @dataclass(frozen=True)
@@ -145,7 +153,7 @@ class ConstantDamping:
         """See `Damping.start`."""
         return self.value
 
-    def update(self, damping: float, reduction_ratio: float, num_steps: int) -> float:
+    def update(self, damping: float, reduction_ratio: float, step_length: float, num_steps: int) -> float:
         """See `Damping.update`."""
         return self.value
 
@@ -167,7 +175,7 @@ class ScheduledDamping:
         """See `Damping.start`."""
         return self.schedule(0)
 
-    def update(self, damping: float, reduction_ratio: float, num_steps: int) -> float:
+    def update(self, damping: float, reduction_ratio: float, step_length: float, num_steps: int) -> float:
         """See `Damping.update`."""
         return self.schedule(num_steps)
 

@@ -39,6 +39,18 @@ class Newton(Optimizer):
     The closure may call `zero_grad()` and `backward()` as for `torch.optim.LBFGS`; it need not. It is run again
     within a step at trial points, on the same random numbers and with BatchNorm statistics held.
 
+    Args:
+        params: parameters or parameter groups, as for every torch optimizer.
+        curvature: makes A from a tape; `GaussNewton`.
+        solver: solves for d; `Auto()` chooses between a factorization in the space of the parameters or of the
+            outputs and CG.
+        damping: the rule for λ; `AutoDamping()`.
+        line_search: chooses α; `Armijo()`.
+        momentum: β of a running average of the gradients that takes the place of g.
+        acceleration: a second-order correction of d, made where a factorization exists to be used again.
+        retries: how often a step that the line search refused is solved again in the same step with λ raised.
+        weight_decay: w, see above; the only option a parameter group may set.
+
     A step whose loss, gradient, product or direction is not finite is rejected: parameters and buffers stay as they
     were, bit for bit, λ is raised, and `report.status` says why.
 
@@ -98,14 +110,15 @@ class Newton(Optimizer):
         self.report = StepReport(damping=self._memory["damping"] * (self._memory["scale"] or 1.0))
         with self._timed("record"):
             point = Point(closure, [p for p, _ in pairs], [w for _, w in pairs], create_graph=self._memory["products"])
+        saved = {p: dict(self.state[p]) for group in self.param_groups for p in group["params"] if p in self.state}
         try:
             self._check_repeatable(point)
             failure = self._advance(point, curvature)
         except BaseException:
-            point.undo()
+            self._undo(point, saved)
             raise
         if failure:
-            point.undo()
+            self._undo(point, saved)
             self._reject(failure)
         else:
             point.settle()
@@ -132,14 +145,14 @@ class Newton(Optimizer):
         solver = self.solver_at(memory["step"])
         for _ in range(1 + self.retries):
             with self._timed("solve"):
-                result = self._solve(solver, A, gradient)
+                result = self._solve(point, solver, A, gradient)
             if result.status is Status.NOT_FINITE or not vectors.is_finite(result.solution):
                 return Status.NOT_FINITE.value
             with self._timed("search"):
                 self._search(point, gradient, result)
             if report.accepted:
                 break
-        report.gradient_equivalents = self._equivalents(point, A)
+        report.gradient_equivalents += 1 + report.loss_evaluations / 3 + report.products * 4 / 3
         memory["step"] += 1
         if self.momentum:
             for p, m in zip(point.params, average, strict=True):
@@ -155,20 +168,20 @@ class Newton(Optimizer):
             self.report.products += 1
 
     def _judge_on_new_data(self, point: Point) -> None:
-        """Where the closure's data have changed since the last step: has that step helped on them, too?"""
+        """Have the closure's data changed since the last step? Then: has that step helped on them, too?"""
         memory, last = self._memory, self._memory["last"]
         memory["last"] = None
         steps = [self.state[p].pop("last_step", None) for p in point.params]
-        if last is None or not isinstance(self.damping, LearnsFromNewData):
-            return
-        damping, ratio, predicted, value = last
-        same_data = abs(point.value - value) <= 1e-6 * abs(value)
         directions = [d for d in steps if d is not None]
-        if same_data or len(directions) < len(steps):
+        if last is None or len(directions) < len(steps) or not isinstance(self.damping, LearnsFromNewData):
+            return
+        damping, ratio, step_length, predicted, value = last
+        if abs(point.value - value) <= 1e-6 * abs(value):
             return
         before = point.evaluate(directions, -1.0)
         self.report.loss_evaluations += 1
-        memory["damping"] = self.damping.update_on_new_data(damping, ratio, (before - point.value) / predicted)
+        new_ratio = (before - point.value) / predicted
+        memory["damping"] = self.damping.update_on_new_data(damping, ratio, step_length, new_ratio)
 
     def _averaged(self, point: Point) -> tuple[Vector, Vector]:
         """The running average m of gradients, and m / (1 − βᵗ)."""
@@ -195,15 +208,22 @@ class Newton(Optimizer):
             A = A + Diagonal([torch.full_like(p, w) for p, w in zip(point.params, point.weight_decay, strict=True)])
         return A
 
-    def _solve(self, solver: Solver, A: LinearOperator, gradient: Vector) -> SolveResult:
+    def _solve(self, point: Point, solver: Solver, A: LinearOperator, gradient: Vector) -> SolveResult:
+        """The direction; a factorization that meets a matrix which rounding has made indefinite raises λ."""
         report, memory = self.report, self._memory
-        damping = report.damping = memory["damping"] * memory["scale"]
         rhs = vectors.scale(gradient, -1.0)
-        result = solver.solve(A + damping, rhs, preconditioner=self.preconditioner(gradient, damping))
+        while True:
+            damping = report.damping = memory["damping"] * memory["scale"]
+            result = solver.solve(A + damping, rhs, preconditioner=self.preconditioner(gradient, damping))
+            raised = self.damping.raised(memory["damping"])
+            if result.status is not Status.NOT_POSITIVE_DEFINITE or raised <= memory["damping"]:
+                break
+            memory["damping"] = raised
         report.solver = result.method
         report.status = result.status.value
         report.inner_iterations += result.num_iterations
         report.products += result.num_products
+        report.gradient_equivalents += result.flops / max(3 * forward_flops(point.tape), 1.0)
         memory["products"] = result.num_products > 0
         return result
 
@@ -239,15 +259,17 @@ class Newton(Optimizer):
         report.accepted, report.step_length = True, found.step_length
         point.move(d, found.step_length)
         if isinstance(rule, LearnsFromNewData):
-            memory["last"] = (
-                memory["damping"],
-                report.reduction_ratio,
-                report.predicted_reduction,
-                found.value,
-            )
+            ratio, predicted = report.reduction_ratio, report.predicted_reduction
+            memory["last"] = (memory["damping"], ratio, alpha, predicted, found.value)
             for p, x in zip(point.params, d, strict=True):
                 self.state[p]["last_step"] = x * found.step_length
-        memory["damping"] = rule.update(memory["damping"], report.reduction_ratio, memory["step"] + 1)
+        memory["damping"] = rule.update(memory["damping"], report.reduction_ratio, alpha, memory["step"] + 1)
+
+    def _undo(self, point: Point, saved: dict[Tensor, dict[str, Any]]) -> None:
+        """Buffers and state as before the step; the parameters have not moved."""
+        point.undo()
+        for p, state in saved.items():
+            self.state[p] = state
 
     def _reject(self, reason: str) -> None:
         self.report.status = f"rejected: {reason}"
@@ -268,14 +290,6 @@ class Newton(Optimizer):
                 "inside the closure."
             )
         self._memory["checked"] = True
-
-    def _equivalents(self, point: Point, A: LinearOperator) -> float:
-        """The step's work in gradients, see `StepReport`."""
-        report = self.report
-        passes = 1 + report.loss_evaluations / 3 + report.products * 4 / 3
-        if report.products:
-            return passes
-        return passes + A.dense_flops / max(3 * forward_flops(point.tape), 1.0)
 
     @property
     def _memory(self) -> dict[str, Any]:

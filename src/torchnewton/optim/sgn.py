@@ -46,6 +46,7 @@ class SGN(Newton):
             damping=LevenbergMarquardt(initial=damping, minimum=min_damping, damped_model=True, full_step=True),
             line_search=Armijo(scale_slope=False, accept_last=True),
             momentum=momentum,
+            acceleration=None,
             weight_decay=weight_decay,
         )
         self.preconditioner_exponent = preconditioner_exponent

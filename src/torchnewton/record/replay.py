@@ -29,6 +29,20 @@ class RandomState:
         numpy = sys.modules.get("numpy")
         self._numpy = numpy.random.get_state() if numpy is not None else None
 
+    def is_current(self) -> bool:
+        """Whether nothing has been drawn since."""
+        numpy = sys.modules.get("numpy")
+        same_numpy = True
+        if numpy is not None and self._numpy is not None:
+            now = numpy.random.get_state()
+            same_numpy = now[2:] == self._numpy[2:] and bool((now[1] == self._numpy[1]).all())
+        return (
+            torch.equal(self._torch, torch.get_rng_state())
+            and all(torch.equal(s, torch.cuda.get_rng_state(d)) for d, s in self._cuda.items())
+            and self._python == random.getstate()
+            and same_numpy
+        )
+
     def restore(self) -> None:
         """Set every generator back."""
         torch.set_rng_state(self._torch)
@@ -37,6 +51,20 @@ class RandomState:
         random.setstate(self._python)
         if self._numpy is not None:
             sys.modules["numpy"].random.set_state(self._numpy)
+
+
+@contextmanager
+def same_random_numbers(state: RandomState | None, devices: Sequence[torch.device]) -> Iterator[None]:
+    """Draw from `state` inside and put the generators back after; with None, for a closure that draws nothing, pass."""
+    if state is None:
+        yield
+        return
+    now = RandomState(devices)
+    state.restore()
+    try:
+        yield
+    finally:
+        now.restore()
 
 
 Buffers = dict[tuple[nn.Module, str], Tensor]

@@ -19,6 +19,7 @@ from torchnewton.record.replay import (
     RandomState,
     differentiable_kernels,
     kept_gradients,
+    same_random_numbers,
     scratch_buffers,
     without_graph,
 )
@@ -41,7 +42,7 @@ class Tape:
     marked: list[Candidate]
     layer_calls: list[LayerCall]
     returned: Any
-    random_state: RandomState
+    random_state: RandomState | None
     buffers: BufferSnapshot
     differentiates_parameters: bool
 
@@ -123,22 +124,18 @@ class Tape:
 
     def _replay(self, watcher: Watcher, graph: bool = False) -> Any:
         """Run the closure under `watcher`; buffers, gradients and random state are put back."""
-        now = RandomState([p.device for p in self.params])
         still = kept_gradients if graph or self.differentiates_parameters else without_graph
-        self.random_state.restore()
-        try:
-            with (
-                warnings.catch_warnings(),
-                torch.enable_grad(),
-                still(self.params),
-                scratch_buffers(),
-                differentiable_kernels(),
-                watcher,
-            ):
-                warnings.simplefilter("ignore")  # the recorded run has shown them
-                return self.closure()
-        finally:
-            now.restore()
+        with (
+            warnings.catch_warnings(),
+            torch.enable_grad(),
+            still(self.params),
+            same_random_numbers(self.random_state, [p.device for p in self.params]),
+            scratch_buffers(),
+            differentiable_kernels(),
+            watcher,
+        ):
+            warnings.simplefilter("ignore")  # the recorded run has shown them
+            return self.closure()
 
 
 def record(closure: Closure, params: Sequence[Tensor], *, create_graph: bool = True) -> Tape:
@@ -178,7 +175,7 @@ def record(closure: Closure, params: Sequence[Tensor], *, create_graph: bool = T
         marked=recorder.marked,
         layer_calls=recorder.layer_calls,
         returned=returned,
-        random_state=random_state,
+        random_state=None if random_state.is_current() else random_state,
         buffers=buffers,
         differentiates_parameters=recorder.differentiates_parameters,
     )

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchnewton.costs import StatesCosts
 from torchnewton.solvers.result import Operator, SolveResult, Status
 from torchnewton.vectors import Vector, add, flatten, norm, num_entries, unflatten, zeros_like
 
@@ -47,11 +48,19 @@ class Direct:
             x = torch.cholesky_solve(flatten(rhs).to(dense.dtype).unsqueeze(1), factor).squeeze(1)
             return unflatten(x.to(rhs[0].dtype), rhs)
 
+        flops = direct_flops(size) + (A.costs().dense if isinstance(A, StatesCosts) else 0.0)
         solution = solve(list(b))
         product = unflatten((dense @ flatten(solution).to(dense.dtype)).to(b[0].dtype), b)
         residual = add(b, product, -1.0)
         return SolveResult(
-            solution, residual, norm(residual), Status.CONVERGED, 1, method="direct (Cholesky)", reuse=solve
+            solution,
+            residual,
+            norm(residual),
+            Status.CONVERGED,
+            1,
+            method="direct (Cholesky)",
+            reuse=solve,
+            flops=flops,
         )
 
 
@@ -61,3 +70,8 @@ def _dense(A: Any) -> Tensor:
 
 def _failure(b: Sequence[Tensor], status: Status) -> SolveResult:
     return SolveResult(zeros_like(b), list(b), norm(b), status, 0, method="direct (Cholesky)")
+
+
+def direct_flops(size: int) -> float:
+    """Operations of a Cholesky factorization."""
+    return size**3 / 3

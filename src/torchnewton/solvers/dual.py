@@ -9,6 +9,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from torchnewton.costs import StatesCosts
 from torchnewton.solvers.result import Operator, SolveResult, Status
 from torchnewton.vectors import Vector, flatten, norm, symmetric_product, unflatten, zeros_like
 
@@ -62,10 +63,16 @@ class Dual:
         def reuse(rhs: Vector) -> Vector:
             return unflatten(solve(flatten(rhs).to(R.dtype)).to(rhs[0].dtype), rhs)
 
+        flops = dual_flops(*R.shape) + (A.costs().factor if isinstance(A, StatesCosts) else 0.0)
         flat = flatten(b).to(R.dtype)
         x = solve(flat)
         residual = unflatten((flat - R.mT @ (R @ x) - shift * x).to(b[0].dtype), b)
         solution = unflatten(x.to(b[0].dtype), b)
         return SolveResult(
-            solution, residual, norm(residual), Status.CONVERGED, 1, method="dual (Cholesky)", reuse=reuse
+            solution, residual, norm(residual), Status.CONVERGED, 1, method="dual (Cholesky)", reuse=reuse, flops=flops
         )
+
+
+def dual_flops(rows: int, size: int) -> float:
+    """Operations of RRᵀ and its Cholesky factorization."""
+    return rows**2 * size + rows**3 / 3

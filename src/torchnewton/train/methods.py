@@ -23,6 +23,7 @@ class Method:
     rates: tuple[float, ...] = ()
     small_batch: int = 64  # below 2,000 training samples
     large_batch: int = 128
+    regression_batch: int | None = None
     epochs: int = 30
 
 
@@ -44,6 +45,8 @@ def make_optimizer(name: str, model: nn.Module, lr: float | None) -> torch.optim
 def default_batch_size(name: str, data: Dataset) -> int:
     """The batch a method is usually run with: small for first order, larger for Newton, all for L-BFGS."""
     method, n = METHODS[choose("method", name, NAMES)], len(data.x_train)
+    if data.kind == "regression" and method.regression_batch is not None:
+        return min(n, method.regression_batch)
     return min(n, method.small_batch if n < 2000 else method.large_batch)
 
 
@@ -90,8 +93,14 @@ class Muon(torch.optim.Optimizer):
 
 _ADAM_RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 METHODS = {
-    "newton": Method(lambda model, lr: Newton(model.parameters()), small_batch=256, large_batch=1000, epochs=5),
-    "sgn": Method(lambda model, lr: SGN(model.parameters()), small_batch=256, large_batch=1000, epochs=5),
+    "newton": Method(
+        lambda model, lr: Newton(model.parameters()),
+        small_batch=256,
+        large_batch=1000,
+        regression_batch=250,
+        epochs=12,
+    ),
+    "sgn": Method(lambda model, lr: SGN(model.parameters()), small_batch=256, large_batch=1000, epochs=12),
     "adam": Method(lambda model, lr: torch.optim.Adam(model.parameters(), lr=lr), 1e-3, _ADAM_RATES),
     "sgd": Method(
         lambda model, lr: torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9),
