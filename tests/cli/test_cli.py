@@ -86,7 +86,7 @@ def test_the_default_run_is_newton_on_digits():
         "newton",
         1,
     )
-    assert settings.budget.epochs == 5
+    assert settings.budget.epochs == 12
 
 
 def test_compare_prints_a_table_and_writes_its_files(tmp_path, capsys):
