@@ -1,6 +1,7 @@
 # Two commands set everything up on a machine that has Python 3.11 and make:
 #   make demo   install, train, compare, say where the picture is
 #   make test   install, check style, types and layering, run the tests
+# make bench DATA=folder measures docs/results.md anew.
 PYTHON ?= python3.11
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -21,8 +22,8 @@ $(VENV)/.test: pyproject.toml constraints.txt | $(VENV)/bin/python
 
 demo: $(VENV)/.cli
 	$(BIN)/torchnewton train --out runs/demo --overwrite
-	$(BIN)/torchnewton compare --methods newton,adam,sgd --seconds 8 --out runs/demo-compare --overwrite
-	@echo "Pictures: runs/demo/curves.png and runs/demo-compare/compare.html"
+	$(BIN)/torchnewton compare --methods newton,sgn,adam,sgd --seconds 4 --seeds 1 --out runs/demo-compare --overwrite
+	@echo "The pictures: runs/demo/curves.png, runs/demo-compare/compare.html and compare.png"
 
 check: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -32,6 +33,11 @@ check: $(VENV)/.test
 
 test: check
 	$(BIN)/python -m pytest -n 2
+
+DATA ?= data
+bench: $(VENV)/.cli
+	$(BIN)/python -m benchmarks.products
+	$(BIN)/python -m benchmarks.suite --data-dir $(DATA)
 
 clean:
 	rm -rf $(VENV) runs .mypy_cache .ruff_cache .pytest_cache

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torchnewton import vectors
 from torchnewton.optim.point import Point
+from torchnewton.record import RecordError
 from torchnewton.vectors import Vector
 
 
@@ -29,7 +30,10 @@ class GeodesicAcceleration:
     def corrected(self, point: Point, velocity: Vector, solve: Callable[[Vector], Vector]) -> Vector:
         """The direction v + ½a, or v."""
         h = self.spacing
-        ahead, behind = point.outputs(velocity, h), point.outputs(velocity, -h)
+        try:
+            ahead, behind = point.outputs(velocity, h), point.outputs(velocity, -h)
+        except RecordError:  # the closure takes another course there
+            return velocity
         second = [(a - 2 * z.detach() + b) / h**2 for a, z, b in zip(ahead, point.tape.outputs, behind, strict=True)]
         acceleration = solve(vectors.scale(point.pull_back(second), -1.0))
         size = vectors.norm(acceleration)

@@ -57,7 +57,8 @@ class Newton(Optimizer):
     Errors: `RecordError` for a closure that cannot be recorded, or whose loss changes between two runs on the same
     random numbers (checked once, at the first step); `ValueError` for arguments.
     Cost of a step: one gradient, the solve (`report.products` products of 4/3 gradients, or a factorization), and 1/3
-    of a gradient for each loss evaluation.
+    of a gradient for each loss evaluation. Memory: the graph of the loss and that of its backward pass, about five
+    vectors like the parameters, and for a factorization the rows of the Jacobian and the factorized matrix.
     """
 
     def __init__(
@@ -107,6 +108,8 @@ class Newton(Optimizer):
                 "torch.optim.LBFGS."
             )
         pairs = [(p, group["weight_decay"]) for group in self.param_groups for p in group["params"] if p.requires_grad]
+        if not pairs:
+            raise ValueError(f"{type(self).__name__}.step: no parameter of the optimizer requires a gradient.")
         self.report = StepReport(damping=self._memory["damping"] * (self._memory["scale"] or 1.0))
         with self._timed("record"):
             point = Point(closure, [p for p, _ in pairs], [w for _, w in pairs], create_graph=self._memory["products"])
@@ -180,7 +183,7 @@ class Newton(Optimizer):
             return
         before = point.evaluate(directions, -1.0)
         self.report.loss_evaluations += 1
-        new_ratio = (before - point.value) / predicted
+        new_ratio = _ratio(before - point.value, predicted)
         memory["damping"] = self.damping.update_on_new_data(damping, ratio, step_length, new_ratio)
 
     def _averaged(self, point: Point) -> tuple[Vector, Vector]:
@@ -251,7 +254,7 @@ class Newton(Optimizer):
         alpha, value = (1.0, full) if rule.full_step else (found.step_length, found.value)
         report.predicted_reduction = -(alpha * slope + 0.5 * alpha**2 * curved)
         report.actual_reduction = point.value - value
-        report.reduction_ratio = report.actual_reduction / report.predicted_reduction
+        report.reduction_ratio = _ratio(report.actual_reduction, report.predicted_reduction)
         if not found.accepted:
             report.status = "no step length gave a sufficient decrease"
             memory["damping"] = rule.raised(memory["damping"])
@@ -308,3 +311,8 @@ class Newton(Optimizer):
             yield
         finally:
             self.report.seconds[part] = self.report.seconds.get(part, 0.0) + time.perf_counter() - start
+
+
+def _ratio(actual: float, predicted: float) -> float:
+    """actual / predicted, NaN where no reduction was predicted."""
+    return actual / predicted if predicted > 0 else math.nan

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -52,6 +53,8 @@ class Direct:
         solution = solve(list(b))
         product = unflatten((dense @ flatten(solution).to(dense.dtype)).to(b[0].dtype), b)
         residual = add(b, product, -1.0)
+        if not math.isfinite(norm(residual)):
+            return _failure(b, Status.NOT_FINITE)
         return SolveResult(
             solution,
             residual,

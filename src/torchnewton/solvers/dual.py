@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -54,7 +55,7 @@ class Dual:
         if int(info) > 0:
             finite = bool(torch.isfinite(gram).all())
             status = Status.NOT_POSITIVE_DEFINITE if finite else Status.NOT_FINITE
-            return SolveResult(zeros_like(b), list(b), norm(b), status, 0, method="dual (Cholesky)")
+            return _failure(b, status)
 
         def solve(rhs: Tensor) -> Tensor:
             inner = torch.cholesky_solve((R @ rhs).unsqueeze(1), factor).squeeze(1)
@@ -67,10 +68,16 @@ class Dual:
         flat = flatten(b).to(R.dtype)
         x = solve(flat)
         residual = unflatten((flat - R.mT @ (R @ x) - shift * x).to(b[0].dtype), b)
+        if not math.isfinite(norm(residual)):
+            return _failure(b, Status.NOT_FINITE)
         solution = unflatten(x.to(b[0].dtype), b)
         return SolveResult(
             solution, residual, norm(residual), Status.CONVERGED, 1, method="dual (Cholesky)", reuse=reuse, flops=flops
         )
+
+
+def _failure(b: Sequence[Tensor], status: Status) -> SolveResult:
+    return SolveResult(zeros_like(b), list(b), norm(b), status, 0, method="dual (Cholesky)")
 
 
 def dual_flops(rows: int, size: int) -> float:

@@ -1,0 +1,57 @@
+"""The package as a new user meets it: the README's example, the docstrings' examples, the core without its extras."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import torchnewton as tn
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def test_the_example_of_the_readme_trains():
+    example = re.search(r"```python\n(import torchnewton as tn\n.*?)```", README.read_text(), re.DOTALL)
+    assert example is not None
+    y = torch.randint(3, (256,))
+    x = torch.randn(256, 4) + 2 * F.one_hot(y, 4)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+    start = F.cross_entropy(model(x), y).item()
+    names = {"model": model, "F": F, "loader": [(x[i::4], y[i::4]) for i in range(4)] * 4}
+    exec(example.group(1), names)
+    assert F.cross_entropy(model(x), y).item() < 0.3 * start
+    assert names["optimizer"].report.accepted
+
+
+@pytest.mark.parametrize("name", ["curvature.gauss_newton", "solvers.cg"])
+def test_examples_in_docstrings(name):
+    module = importlib.import_module(f"torchnewton.{name}")
+    names = {**vars(module), **vars(tn), "torch": torch}
+    result = doctest.testmod(module, extraglobs=names)
+    assert result.attempted > 0
+    assert result.failed == 0
+
+
+def test_the_core_imports_torch_alone():
+    code = (
+        "import sys, torch; before = set(sys.modules); import torchnewton; "
+        "print(sorted({m.partition('.')[0] for m in set(sys.modules) - before}))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    extras = {"numpy", "scipy", "sklearn", "matplotlib", "rich", "typer", "jinja2"}
+    assert "torchnewton" in found
+    assert not any(f"'{extra}'" in found for extra in extras)
+
+
+def test_every_public_name_is_documented():
+    missing = [name for name in tn.__all__ if not (getattr(tn, name).__doc__ or "").strip()]
+    assert missing == []
