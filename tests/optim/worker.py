@@ -6,6 +6,7 @@ import gc
 import json
 import resource
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,6 +29,10 @@ def resume(checkpoint: str, result: str) -> None:
     torch.save(finished, result)
 
 
+def _loss(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(model(x), y)
+
+
 def memory(result: str) -> None:
     """Live tensors and peak memory after 50 and after 300 steps."""
     counts = {}
@@ -36,8 +41,9 @@ def memory(result: str) -> None:
         optimizer = METHODS[name](model.parameters())
         x, y = torch.randn(256, 8), torch.randint(4, (256,))
         counts[name] = []
+        closure = partial(_loss, model, x, y)
         for step in range(1, 301):
-            optimizer.step(lambda: F.cross_entropy(model(x), y))  # noqa: B023
+            optimizer.step(closure)
             if step in (50, 300):
                 counts[name].append((_live_tensors(), _peak_bytes()))
     Path(result).write_text(json.dumps(counts))

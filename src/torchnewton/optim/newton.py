@@ -70,7 +70,7 @@ class Newton(Optimizer):
         damping: Damping | None = None,
         line_search: LineSearch | None = None,
         momentum: float = 0.0,
-        acceleration: GeodesicAcceleration | None = GeodesicAcceleration(),  # noqa: B008
+        acceleration: GeodesicAcceleration | None = GeodesicAcceleration(),
         retries: int = 0,
         weight_decay: float = 0.0,
     ) -> None:
