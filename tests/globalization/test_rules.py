@@ -60,7 +60,7 @@ def test_auto_damping_on_its_own_data():
     [
         (0.003, 1.0, 1.0, 0.9, 0.001),  # it helped on new data
         (0.003, 1.0, 0.125, 0.9, 0.003),  # but the step had been cut short
-        (0.003, 1.0, 1.0, 0.3, 0.003),
+        (0.003, 1.0, 1.0, 0.2, 0.003),
         (0.003, 1.0, 1.0, -0.1, 0.006),  # it fitted its own batch
         (0.02, 1.0, 1.0, -0.1, 0.03),  # not above the noise limit
         (0.5, 1.0, 1.0, -0.1, 0.5),  # nor back to it

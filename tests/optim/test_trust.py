@@ -169,6 +169,7 @@ def test_loss_that_is_finite_nowhere_else(name):
 @ALL
 def test_losses_fall(name):
     model = make_model()
+    model[3].p = 0.0  # on sixteen samples, the noise of the dropout masks is as large as the loss
     optimizer = METHODS[name](model.parameters())
     losses = [float(optimizer.step(make_closure(model, 0))) for _ in range(25)]
     assert sum(losses[-5:]) < 0.5 * sum(losses[:5])

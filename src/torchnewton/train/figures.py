@@ -130,7 +130,7 @@ def comparison_png(title: str, metric: str, curves: Sequence[Curves], floor: flo
 
 
 def _draw(axes: Any, panel: Panel, curves: Iterable[Curves], floor: float) -> None:
-    """Thin lines for the seeds and a thick one for their mean, on logarithmic axes.
+    """Thin lines for the seeds and a thick one for their median, on logarithmic axes.
 
     Accuracies are drawn as errors on a reversed logarithmic axis with labels in percent of accuracy, which
     keeps 98 % and 99 % apart; `floor` stands for no error at all.
@@ -142,7 +142,7 @@ def _draw(axes: Any, panel: Panel, curves: Iterable[Curves], floor: float) -> No
         lines = [_points(run, panel, floor) for run in curve.runs]
         for x, y in lines:
             axes.plot(x, y, color=colour, linewidth=0.9, alpha=0.4)
-        axes.plot(*_mean(lines), color=colour, linewidth=2.4, label=curve.method, solid_capstyle="round")
+        axes.plot(*_median(lines), color=colour, linewidth=2.4, label=curve.method, solid_capstyle="round")
     if panel.y == "error":
         axes.invert_yaxis()
         bottom, top = axes.get_ylim()
@@ -162,12 +162,12 @@ def _points(run: Sequence[Record], panel: Panel, floor: float) -> tuple[Array, A
     return x[keep], y[keep]
 
 
-def _mean(lines: Sequence[tuple[Array, Array]]) -> tuple[Array, Array]:
-    """The geometric mean of the lines where all of them are defined."""
+def _median(lines: Sequence[tuple[Array, Array]]) -> tuple[Array, Array]:
+    """The median of the lines where all of them are defined."""
     lines = [(x, y) for x, y in lines if len(x)]
     if len(lines) < 2:
         return lines[0] if lines else (np.empty(0), np.empty(0))
     start, end = max(x[0] for x, _ in lines), min(x[-1] for x, _ in lines)
     grid = np.geomspace(start, max(start, end), 200)
     logs = [np.interp(np.log(grid), np.log(x), np.log(y)) for x, y in lines]
-    return grid, np.exp(np.mean(logs, axis=0))
+    return grid, np.exp(np.median(logs, axis=0))
