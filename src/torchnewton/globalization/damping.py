@@ -106,7 +106,7 @@ class AutoDamping(LevenbergMarquardt):
     λ is relative to the curvature along the first gradient, so that a factor on the loss changes nothing. When the
     next step comes with other data, the last step is judged on them, too: it should have reduced their loss. Where it
     has raised it (ρ_new < 0), the step has fitted its batch, not the task, and λ grows, up to `noise_limit`; where it
-    has got a third of the reduction predicted (ρ_new > ⅓), λ shrinks. On the same data, ρ alone decides. On a small
+    has got half of the reduction predicted (ρ_new > ½), λ shrinks. On the same data, ρ alone decides. On a small
     noisy batch the exact solution with λ → 0 fits every sample of it and ruins the rest; this rule keeps it from that.
     A step that the line search had to shorten does not lower λ on its own data, one shortened to less than a quarter
     on none.
@@ -132,7 +132,7 @@ class AutoDamping(LevenbergMarquardt):
             return self.raised(damping)
         if not new_ratio >= 0:
             return max(damping, min(damping * self.increase, self.noise_limit))
-        helped = new_ratio > 1 / 3 and step_length >= 0.25
+        helped = new_ratio > 0.5 and step_length >= 0.25
         return max(damping * self.decrease, self.minimum) if helped else damping
 
 
