@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -65,6 +66,30 @@ def split_inputs(
     if source is not None:
         return [source]
     return [] if rule.linear else tensors
+
+
+def divisor(function: Function, args: Sequence[Any], kwargs: Mapping[str, Any]) -> float:
+    """D with ℓ = Σ/D, where Σ sums the entries that the same loss call has with reduction="none"; 1 unless it averages.
+
+    A mean over classes counts what torch counts: samples that are not ignored, by the weights of their classes.
+    """
+    bound = inspect.signature(function).bind(*args, **kwargs)
+    bound.apply_defaults()
+    given = bound.arguments
+    reduction = given["reduction"]
+    if given.get("reduce") is False or given.get("size_average") is False or reduction in ("sum", "none"):
+        return 1.0
+    z, target, weight = given["input"], given["target"], given.get("weight")
+    if reduction == "batchmean":
+        return float(z.shape[0])
+    if function in (F.cross_entropy, F.nll_loss):
+        if target.is_floating_point():
+            return float(z.numel() / z.shape[min(1, z.dim() - 1)])
+        kept = target != given["ignore_index"]
+        return float(kept.sum() if weight is None else weight[target[kept]].sum())
+    if function is F.mse_loss and weight is not None:
+        return float(weight.sum())
+    return float(torch.broadcast_shapes(z.shape, target.shape).numel())
 
 
 def _activation_behind(
