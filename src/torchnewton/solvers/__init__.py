@@ -1,22 +1,41 @@
 """One solver per file; each needs `A @ v` and inner products only."""
 
 from torchnewton.solvers.auto import Auto
+from torchnewton.solvers.bicgstab import BiCGSTAB
 from torchnewton.solvers.cg import CG
 from torchnewton.solvers.direct import Direct
 from torchnewton.solvers.dual import Dual
+from torchnewton.solvers.lanczos import Lanczos, LanczosResult, RitzValues
+from torchnewton.solvers.minres import MINRES
+from torchnewton.solvers.nystrom import Nystrom
+from torchnewton.solvers.plane import Plane, PlaneResult
+from torchnewton.solvers.preconditioners import BlockDiagonal, Jacobi, Preconditioner
 from torchnewton.solvers.result import Operator, Solver, SolveResult, Status
+from torchnewton.solvers.steihaug import SteihaugCG
 from torchnewton.solvers.stopping import MartensProgress, MaxNorm, StoppingRule
 
 __all__ = [
     "CG",
+    "MINRES",
     "Auto",
+    "BiCGSTAB",
+    "BlockDiagonal",
     "Direct",
     "Dual",
+    "Jacobi",
+    "Lanczos",
+    "LanczosResult",
     "MartensProgress",
     "MaxNorm",
+    "Nystrom",
     "Operator",
+    "Plane",
+    "PlaneResult",
+    "Preconditioner",
+    "RitzValues",
     "SolveResult",
     "Solver",
     "Status",
+    "SteihaugCG",
     "StoppingRule",
 ]

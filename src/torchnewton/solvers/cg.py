@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from torchnewton.solvers.iteration import Iterative, accepted, initial_residual, product, ratio
 from torchnewton.solvers.result import Operator, SolveResult, Status
-from torchnewton.solvers.stopping import StoppingRule
-from torchnewton.vectors import Vector, add, add_, clone, dot, is_finite, norm, zeros_like
+from torchnewton.vectors import add, add_, clone, dot, is_finite, norm, zeros_like
 
 
 @dataclass(frozen=True)
-class CG:
+class CG(Iterative):
     """Preconditioned conjugate gradients for symmetric positive definite A.
 
     Stops at ‖b − Ax‖ ≤ max(`rtol`·‖b‖, `atol`), at `stop` if one is given, or after `max_iterations` products. On a
@@ -29,17 +29,6 @@ class CG:
     [tensor([0.0909, 0.6364])]
     """
 
-    rtol: float = 1e-5
-    atol: float = 0.0
-    max_iterations: int = 100
-    stop: StoppingRule | None = None
-
-    def __post_init__(self) -> None:
-        if self.rtol < 0 or self.atol < 0:
-            raise ValueError(f"CG: rtol={self.rtol} and atol={self.atol} must not be negative.")
-        if self.max_iterations < 1:
-            raise ValueError(f"CG: max_iterations={self.max_iterations} must be at least 1.")
-
     def solve(
         self,
         A: Operator,
@@ -49,8 +38,9 @@ class CG:
     ) -> SolveResult:
         """See `Solver.solve`."""
         x = zeros_like(b) if x0 is None else clone(x0)
-        r = clone(b) if x0 is None else add(b, product(A, x0), -1.0)
-        tolerance = max(self.rtol * norm(b), self.atol)
+        r0 = initial_residual(A, b, x0)
+        r = clone(r0)
+        tolerance = self._tolerance(b)
         z = r if preconditioner is None else product(preconditioner, r)
         p = clone(z)
         rz = dot(r, z)
@@ -58,8 +48,10 @@ class CG:
         status, negative = None, None
         if not math.isfinite(rz):
             status = Status.NOT_FINITE
-        elif norm(r) <= tolerance or rz == 0:
+        elif norm(r) <= tolerance:
             status = Status.CONVERGED
+        elif rz <= 0:
+            status = Status.INDEFINITE_PRECONDITIONER
         while status is None:
             Ap = product(A, p)
             pAp = dot(p, Ap)
@@ -68,27 +60,17 @@ class CG:
             elif pAp <= 0:
                 status, negative = Status.NEGATIVE_CURVATURE, p
             else:
-                alpha = rz / pAp
+                alpha = ratio(rz, pAp, r)
                 add_(x, p, alpha)
                 add_(r, Ap, -alpha)
                 model.append(model[-1] - 0.5 * alpha * rz)
                 z = r if preconditioner is None else product(preconditioner, r)
                 rz, previous = dot(r, z), rz
-                p = add(z, p, rz / previous)
+                p = add(z, p, ratio(rz, previous, r))
                 status = self._status(model, r, tolerance)
+                if status is None and rz <= 0:
+                    status = Status.INDEFINITE_PRECONDITIONER
         iterations = len(model) - 1
         products = iterations + (x0 is not None) + (status is Status.NEGATIVE_CURVATURE)
+        x, r, status = accepted(x, r, status, x0, r0)
         return SolveResult(x, r, norm(r), status, iterations, products, negative, "CG")
-
-    def _status(self, model: list[float], r: Vector, tolerance: float) -> Status | None:
-        if norm(r) <= tolerance:
-            return Status.CONVERGED
-        status = self.stop.check(model, r) if self.stop is not None else None
-        if status is None and len(model) > self.max_iterations:
-            return Status.MAX_ITERATIONS
-        return status
-
-
-def product(A: Operator, v: Sequence[Tensor]) -> Vector:
-    """A @ v for an operator on lists, or a plain matrix on a list of one flat tensor."""
-    return [A @ v[0]] if isinstance(A, Tensor) else A @ v

@@ -20,6 +20,10 @@ class Status(Enum):
     MAX_ITERATIONS = "the iteration limit was reached"
     NEGATIVE_CURVATURE = "a direction of negative curvature was met"
     NOT_POSITIVE_DEFINITE = "the matrix is not positive definite: raise the damping"
+    BOUNDARY = "the boundary of the trust region was reached"
+    LEAST_SQUARES = "the matrix is singular and the residual is the smallest there is"
+    BREAKDOWN = "the recurrence broke down: start again from this iterate"
+    INDEFINITE_PRECONDITIONER = "the preconditioner is not positive definite"
     NOT_FINITE = "a product with the curvature was not finite"
 
 

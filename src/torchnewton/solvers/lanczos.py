@@ -1,0 +1,201 @@
+"""The Lanczos process: extreme eigenvalues, and one basis for every shift of a system."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from torchnewton.solvers.iteration import accepted, combine, initial_residual, product
+from torchnewton.solvers.result import Operator, SolveResult, Status
+from torchnewton.vectors import Vector, add, add_, dot, norm, scale, zeros_like
+
+
+@dataclass(frozen=True)
+class LanczosResult:
+    """AV = VT + β_k v_{k+1}eₖᵀ with orthonormal V = [v₁ … v_k] and T = tridiag(β, α, β).
+
+    `alpha` and `beta` hold k numbers each in float64, `beta[-1]` being β_k: 0 where the Krylov space ended. `basis` is
+    V, `following` is v_{k+1} (zeros there), `finite` is False when a product was not finite and the process ended.
+    """
+
+    alpha: Tensor
+    beta: Tensor
+    basis: list[Vector]
+    following: Vector
+    finite: bool
+
+    def matrix(self) -> Tensor:
+        """T in float64."""
+        off = self.beta[:-1]
+        return torch.diag(self.alpha) + torch.diag(off, 1) + torch.diag(off, -1)
+
+    def combine(self, coefficients: Tensor) -> Vector:
+        """Vc; Ritz vectors are those of eigenvectors of T."""
+        return combine(self.basis, coefficients)
+
+
+@dataclass(frozen=True)
+class RitzValues:
+    """Ascending estimates of eigenvalues; each has an eigenvalue of A within its bound: βₖ|eₖᵀs| for Ts = θs."""
+
+    values: Tensor
+    bounds: Tensor
+
+
+@dataclass(frozen=True)
+class Lanczos:
+    """`num_iterations` steps of the Lanczos process on symmetric A, fewer where the Krylov space ends (β ≤ nε‖T‖).
+
+        A V = V T + βₖ vₖ₊₁ eₖᵀ,    x(σ) = x₀ + ‖r₀‖ V (T + σI)⁻¹ e₁
+
+    The solution is the Galerkin one: that of CG for positive definite A, and also for indefinite A, where T is not
+    singular (if it is, its null space is left out). Its smallest eigenvalue gives the direction of negative curvature.
+    `rtol` and `atol` decide the status only. `preconditioner` is not used.
+
+    Cost: k products, and k²/2 inner products (twice) with `reorthogonalize`; memory: k + 2 vectors.
+    Source: Golub and Van Loan, "Matrix computations", sections 10.1 and 10.3; Paige, J. Inst. Math. Appl. 18, 1976.
+
+    >>> A, b = torch.diag(torch.tensor([1.0, 2.0, 4.0])), torch.tensor([2.0, 2.0, 2.0])
+    >>> [x.solution[0] for x in Lanczos(3).solve_shifted(A, [b], [0.0, 1.0])]
+    [tensor([2.0000, 1.0000, 0.5000]), tensor([1.0000, 0.6667, 0.4000])]
+    """
+
+    num_iterations: int
+    reorthogonalize: bool = True
+    rtol: float = 1e-5
+    atol: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.num_iterations < 1:
+            raise ValueError(f"Lanczos: num_iterations={self.num_iterations} must be at least 1.")
+        if self.rtol < 0 or self.atol < 0:
+            raise ValueError(f"Lanczos: rtol={self.rtol} and atol={self.atol} must not be negative.")
+
+    def tridiagonalize(self, A: Operator, start: Sequence[Tensor]) -> LanczosResult:
+        """T and V of the Krylov space of `start`; empty for a start that is zero or not finite."""
+        alpha: list[float] = []
+        beta: list[float] = []
+        basis: list[Vector] = []
+        length, largest = norm(start), 0.0
+        finite = math.isfinite(length)
+        v = scale(start, 1.0 / length) if finite and length > 0 else zeros_like(start)
+        while finite and length > 0 and len(basis) < self.num_iterations:
+            w = product(A, v)
+            a = dot(v, w)
+            w = add(w, v, -a)
+            if basis:
+                add_(w, basis[-1], -beta[-1])
+            for u in 2 * [*basis, v] if self.reorthogonalize else []:
+                add_(w, u, -dot(u, w))
+            length = norm(w)
+            finite = math.isfinite(a) and math.isfinite(length)
+            if not finite:
+                break
+            largest = max(largest, abs(a) + length + (beta[-1] if beta else 0.0))
+            if length <= (len(basis) + 1) * torch.finfo(v[0].dtype).eps * largest:
+                length = 0.0
+            alpha.append(a)
+            beta.append(length)
+            basis.append(v)
+            v = scale(w, 1.0 / length) if length > 0 else zeros_like(w)
+        T = (torch.tensor(alpha, dtype=torch.float64), torch.tensor(beta, dtype=torch.float64))
+        return LanczosResult(*T, basis, v, finite)
+
+    def eigenvalues(
+        self, A: Operator, like: Sequence[Tensor], k: int = 1, generator: torch.Generator | None = None
+    ) -> RitzValues:
+        """The k smallest and k largest Ritz values (all where there are fewer than 2k) from a normal random start.
+
+        A repeated eigenvalue is found once. `like` gives the shapes; without `generator` the seed is 0. Values are
+        missing where products are not finite.
+        """
+        if k < 1:
+            raise ValueError(f"Lanczos.eigenvalues: k={k} must be at least 1.")
+        found = self.tridiagonalize(A, random_like(like, generator))
+        values, vectors = torch.linalg.eigh(found.matrix())
+        bounds = found.beta[-1:] * vectors[-1:].abs().reshape(-1)
+        ends = slice(None) if len(values) <= 2 * k else [*range(k), *range(-k, 0)]
+        return RitzValues(values[ends], bounds[ends])
+
+    def solve(
+        self,
+        A: Operator,
+        b: Sequence[Tensor],
+        x0: Sequence[Tensor] | None = None,
+        preconditioner: Operator | None = None,
+    ) -> SolveResult:
+        """See `Solver.solve`."""
+        return self.solve_shifted(A, b, [0.0], x0)[0]
+
+    def solve_shifted(
+        self, A: Operator, b: Sequence[Tensor], shifts: Sequence[float], x0: Sequence[Tensor] | None = None
+    ) -> list[SolveResult]:
+        """Solve (A + σI)x = b for every shift σ from one basis; the first result counts the products.
+
+        A start x₀ would give every shift another Krylov space: it goes with the one shift 0.
+        """
+        if x0 is not None and any(shifts):
+            raise ValueError(f"Lanczos.solve_shifted: x0 goes with shifts=[0.0] only, not with {list(shifts)}.")
+        r0 = initial_residual(A, b, x0)
+        found = self.tridiagonalize(A, r0)
+        system = _System(found, norm(r0), b[0].dtype)
+        tolerance = max(self.rtol * norm(b), self.atol)
+        results = []
+        for i, shift in enumerate(shifts):
+            d, r, negative = system.solve(shift, r0)
+            status = Status.CONVERGED if norm(r) <= tolerance else Status.MAX_ITERATIONS
+            if not found.finite:
+                status = Status.NOT_FINITE
+            elif status is Status.MAX_ITERATIONS and not float(found.beta[-1]) and system.is_singular(shift):
+                status = Status.LEAST_SQUARES
+            x = d if x0 is None else add(x0, d)
+            x, r, status = accepted(x, r, status, x0, r0)
+            products = 0 if i else len(found.basis) + (x0 is not None)
+            results.append(SolveResult(x, r, norm(r), status, len(found.basis), products, negative, "Lanczos"))
+        return results
+
+
+class _System:
+    """T diagonalized once: (T + σI)y = ‖r₀‖e₁ for every σ."""
+
+    def __init__(self, found: LanczosResult, length: float, dtype: torch.dtype) -> None:
+        self.found, self.length = found, length
+        self.theta: Tensor
+        self.S: Tensor
+        self.theta, self.S = torch.linalg.eigh(found.matrix())
+        self.precision = torch.finfo(dtype).eps * len(self.theta)
+
+    def _kept(self, shift: float) -> Tensor:
+        size = (self.theta + shift).abs()
+        return size > self.precision * size.max()
+
+    def is_singular(self, shift: float) -> bool:
+        """Whether T + σI is, to working precision."""
+        return not bool(self._kept(shift).all())
+
+    def solve(self, shift: float, r0: Vector) -> tuple[Vector, Vector, Vector | None]:
+        """The correction, its residual, and the direction of negative curvature."""
+        if not len(self.theta):
+            return zeros_like(r0), r0, None
+        shifted = self.theta + shift
+        kept = self._kept(shift)
+        inverse = torch.where(kept, 1.0 / shifted, 0.0)
+        weights = self.length * self.S[0]
+        y = self.S @ (inverse * weights)
+        lost = self.S @ torch.where(kept, 0.0, weights)
+        last = scale(self.found.following, -float(self.found.beta[-1] * y[-1]))
+        residual = last if bool(kept.all()) else add(self.found.combine(lost), last)
+        negative = self.found.combine(self.S[:, 0]) if shifted[0] < 0 and bool(kept[0]) else None
+        return self.found.combine(y), residual, negative
+
+
+def random_like(like: Sequence[Tensor], generator: torch.Generator | None = None) -> Vector:
+    """Normal random numbers in these shapes; without a generator from the seed 0, the same on every device."""
+    generator = generator or torch.Generator().manual_seed(0)
+    return [
+        torch.randn(x.shape, generator=generator, dtype=x.dtype, device=generator.device).to(x.device) for x in like
+    ]

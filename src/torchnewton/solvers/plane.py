@@ -1,0 +1,123 @@
+"""The quadratic model, minimized over a few directions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from torchnewton.solvers.iteration import combine, product
+from torchnewton.solvers.result import Operator, Status
+from torchnewton.vectors import Vector, dot, is_finite, scale, zeros_like
+
+
+@dataclass(frozen=True)
+class PlaneResult:
+    """The minimizer x = Σ cᵢdᵢ and −q(c).
+
+    `negative_curvature` is a unit vector p of the span with pᵀAp < 0 and gᵀp ≤ 0: the model has no minimum then, and
+    x is that over the directions of positive curvature.
+    """
+
+    solution: Vector
+    coefficients: list[float]
+    predicted_reduction: float
+    status: Status
+    num_products: int = 0
+    negative_curvature: Vector | None = None
+
+
+@dataclass(frozen=True)
+class Plane:
+    """Minimizes q(c) = gᵀDc + ½cᵀ(DᵀAD)c over the span of a few directions D = [d₁ … d_k].
+
+    In an orthonormal basis of the span, so that neither lengths nor dependence of the directions matter: a direction
+    of the span is left out where its share of the normalized Gram matrix is below `rtol` (default √ε of the dtype),
+    and where its curvature is below the rounding errors of DᵀAD.
+
+    Cost: k²/2 inner products, beside DᵀAD: k products and k²/2 inner products more, or what the caller pays for
+    (Jdᵢ)ᵀB(Jdⱼ). Memory: one vector, k with `solve`. The k×k algebra is in float64.
+    Source: Martens and Grosse, "Optimizing neural networks with Kronecker-factored approximate curvature",
+    arXiv 1503.05671, section 7, for d₁ the preconditioned gradient and d₂ the previous step.
+
+    >>> A, b = torch.diag(torch.tensor([1.0, 2.0, 4.0])), torch.tensor([2.0, 2.0, 2.0])
+    >>> directions = [[torch.tensor([1.0, 0.0, 0.0])], [torch.tensor([1.0, 1.0, 0.0])]]
+    >>> [round(c, 3) for c in Plane().solve(A, [b], directions).coefficients]
+    [1.0, 1.0]
+    """
+
+    rtol: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.rtol is not None and not 0 < self.rtol < 1:
+            raise ValueError(f"Plane: rtol={self.rtol} must lie between 0 and 1.")
+
+    def solve(self, A: Operator, b: Sequence[Tensor], directions: Sequence[Sequence[Tensor]]) -> PlaneResult:
+        """The plane's part of Ax = b: g = −b and DᵀAD by one product a direction."""
+        products = [product(A, d) for d in directions]
+        return self._minimize(scale(b, -1.0), directions, _symmetric(directions, products), len(products))
+
+    def minimize(
+        self, gradient: Sequence[Tensor], directions: Sequence[Sequence[Tensor]], curvature_matrix: Tensor
+    ) -> PlaneResult:
+        """With DᵀAD given as `curvature_matrix`."""
+        return self._minimize(gradient, directions, curvature_matrix.detach().to("cpu", torch.float64), 0)
+
+    def _minimize(
+        self, gradient: Sequence[Tensor], directions: Sequence[Sequence[Tensor]], C: Tensor, num_products: int
+    ) -> PlaneResult:
+        k = len(directions)
+        if k == 0 or C.shape != (k, k):
+            raise ValueError(f"Plane: {k} directions need a curvature_matrix of {k}×{k}, not {tuple(C.shape)}.")
+        C = 0.5 * (C + C.mT)
+        g = torch.tensor([dot(gradient, d) for d in directions], dtype=torch.float64)
+        gram = _symmetric(directions, directions)
+        if not is_finite([C, g, gram]):
+            return PlaneResult(zeros_like(gradient), [0.0] * k, 0.0, Status.NOT_FINITE, num_products)
+        c, p = minimize_in_span(g, C, gram, torch.finfo(gradient[0].dtype).eps, self.rtol)
+        reduction, x = -float(g @ c + 0.5 * c @ C @ c), combine(directions, c)
+        if not (math.isfinite(reduction) and is_finite(x)):
+            return PlaneResult(zeros_like(gradient), [0.0] * k, 0.0, Status.NOT_FINITE, num_products)
+        negative = None if p is None else combine(directions, p)
+        status = Status.CONVERGED if negative is None else Status.NEGATIVE_CURVATURE
+        return PlaneResult(x, c.tolist(), reduction, status, num_products, negative)
+
+
+def _symmetric(D: Sequence[Sequence[Tensor]], E: Sequence[Sequence[Tensor]]) -> Tensor:
+    """DᵀE, known to be symmetric, from its lower triangle."""
+    total = torch.zeros(len(D), len(D), dtype=torch.float64)
+    for i, d in enumerate(D):
+        for j in range(i + 1):
+            total[i, j] = total[j, i] = dot(d, E[j])
+    return total
+
+
+def minimize_in_span(
+    g: Tensor, C: Tensor, gram: Tensor, eps: float, rtol: float | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """The coefficients of the minimizer and those of the direction of most negative curvature.
+
+    With S²= 1/diag(DᵀD) and SDᵀDS = QνQᵀ, W = SQν^{−½} has DW orthonormal; WᵀCW = RμRᵀ holds the curvatures in the
+    span, known up to kε·max|μ| / min ν. NaN where they overflow.
+    """
+    lengths = gram.diagonal().sqrt()
+    S = torch.where(lengths > 0, 1.0 / lengths, 0.0)
+    nu, Q = torch.linalg.eigh(S[:, None] * gram * S)
+    kept = nu > (eps**0.5 if rtol is None else rtol) * nu[-1]
+    if not bool(kept.any()):
+        return torch.zeros_like(g), None
+    W = S[:, None] * Q[:, kept] / nu[kept].sqrt()
+    reduced = W.mT @ C @ W
+    if not is_finite([reduced]):
+        return torch.full_like(g, math.nan), None
+    mu, R = torch.linalg.eigh(reduced)
+    W = W @ R
+    slope = W.mT @ g
+    rounding = len(g) * eps * mu.abs().max() / nu[kept].min()
+    y = torch.where(mu > rounding, -slope / mu, 0.0)
+    if mu[0] >= -rounding:
+        return W @ y, None
+    return W @ y, W[:, 0] * (-1.0 if slope[0] > 0 else 1.0)
