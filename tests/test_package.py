@@ -23,7 +23,7 @@ def test_the_example_of_the_readme_trains():
     example = re.search(r"```python\n(import torchnewton as tn\n.*?)```", README.read_text(), re.DOTALL)
     assert example is not None
     y = torch.randint(3, (256,))
-    x = torch.randn(256, 4) + 2 * F.one_hot(y, 4)
+    x = torch.randn(256, 4) + 4 * F.one_hot(y, 4)
     model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
     start = F.cross_entropy(model(x), y).item()
     names = {"model": model, "F": F, "loader": [(x[i::4], y[i::4]) for i in range(4)] * 4}
@@ -32,7 +32,7 @@ def test_the_example_of_the_readme_trains():
     assert names["optimizer"].report.accepted
 
 
-@pytest.mark.parametrize("name", ["curvature.gauss_newton", "solvers.cg"])
+@pytest.mark.parametrize("name", ["curvature.gauss_newton", "curvature.gram", "solvers.cg"])
 def test_examples_in_docstrings(name):
     module = importlib.import_module(f"torchnewton.{name}")
     names = {**vars(module), **vars(tn), "torch": torch}

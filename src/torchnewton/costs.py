@@ -9,26 +9,38 @@ from typing import Protocol, runtime_checkable
 
 @dataclass(frozen=True)
 class Costs:
-    """Operations of one product, of the dense matrix, and of a factor R with A = RᵀR + σI and `factor_rows` rows."""
+    """Operations of one product and of what comes before the first, of the dense matrix, and of the Gram matrix RRᵀ
+    with A = RᵀR + σI and R of `gram_rows` rows, each with all it needs beside the tape.
+    """
 
     product: float = 0.0
+    setup: float = 0.0
     dense: float = math.inf
-    factor: float = math.inf
-    factor_rows: int = 0
+    gram: float = math.inf
+    gram_rows: int = 0
 
     def __add__(self, other: Costs) -> Costs:
-        """The costs of a sum of two operators, which has no factor."""
-        return Costs(self.product + other.product, self.dense + other.dense)
+        """The costs of a sum of two operators, which has no R."""
+        return Costs(self.product + other.product, self.setup + other.setup, self.dense + other.dense)
 
 
 @runtime_checkable
 class StatesCosts(Protocol):
     """An operator that knows its costs."""
 
-    def costs(self) -> Costs:
-        """What a product, the dense matrix and a factor cost."""
+    def costs(self, num_products: int) -> Costs:
+        """What `num_products` products, the dense matrix or the Gram matrix would cost."""
         ...
 
-    def can_form_dense(self) -> bool:
-        """Whether matrix and factor are to be had at that cost; the work to find out is kept."""
+    def expect(self, num_products: int) -> None:
+        """Be told how many products will follow, so that work that pays only for many is done for many."""
         ...
+
+    def can_factor(self) -> bool:
+        """Whether the dense matrix and the Gram matrix are to be had at that cost; the work to find out is kept."""
+        ...
+
+
+def cholesky_flops(size: int) -> float:
+    """Operations of a Cholesky factorization."""
+    return size**3 / 3

@@ -47,7 +47,7 @@ def trainer(**arguments):
 @pytest.mark.parametrize("method", [tn.Newton, tn.SGN])
 def test_automatic_optimization(method):
     y = torch.randint(3, (64,))
-    data = TensorDataset(torch.randn(64, 4) + 2 * F.one_hot(y, 4), y)
+    data = TensorDataset(torch.randn(64, 4) + 4 * F.one_hot(y, 4), y)
     model = Classifier(method)
 
     def loss():

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 import torchnewton as tn
 from torchnewton.costs import Costs
+from torchnewton.curvature.factor import StoredRows
 from torchnewton.curvature import Diagonal, LinearOperator
 from torchnewton.vectors import flatten
 
@@ -57,9 +58,9 @@ class Stored(LinearOperator):
         return self.matrix
 
     def factored(self):
-        return self.R, self.sigma
+        return StoredRows(self.R, self.domain), self.sigma
 
-    def costs(self):
+    def costs(self, num_products=1):
         return self.stated
 
 
@@ -210,9 +211,9 @@ def test_dual_says_what_it_needs():
 @pytest.mark.parametrize(
     ("costs", "method"),
     [
-        (Costs(product=1e9, dense=1e3, factor=1e6, factor_rows=4), "direct"),
-        (Costs(product=1e9, dense=1e9, factor=1e3, factor_rows=4), "dual"),
-        (Costs(product=1e2, dense=1e9, factor=1e9, factor_rows=4), "CG"),
+        (Costs(product=1e2, dense=1e3, gram=1e6, gram_rows=4, setup=1e9), "direct"),
+        (Costs(product=1e2, dense=1e9, gram=1e3, gram_rows=4, setup=1e9), "dual"),
+        (Costs(product=1e2, dense=1e9, gram=1e9, gram_rows=4), "CG"),
     ],
 )
 def test_auto_takes_the_cheapest_and_says_why(costs, method):

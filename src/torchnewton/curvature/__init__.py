@@ -1,7 +1,37 @@
 """One linear operator per file: what a solver multiplies with."""
 
-from torchnewton.curvature.gauss_newton import GaussNewton, forward_flops
+from torchnewton.curvature.average import Average
+from torchnewton.curvature.block_diagonal import Blocks
+from torchnewton.curvature.complex_step import ComplexPair, ComplexStepHessian, complex_step_rule
+from torchnewton.curvature.cost_model import forward_flops
+from torchnewton.curvature.directional import Autodiff, ComplexStep, FiniteDifference, directional_derivative
+from torchnewton.curvature.estimate import Estimate
+from torchnewton.curvature.fisher import EmpiricalFisher
+from torchnewton.curvature.gauss_newton import GaussNewton
+from torchnewton.curvature.gram import Gram
+from torchnewton.curvature.hessian import Hessian
 from torchnewton.curvature.jacobian import Jacobian
+from torchnewton.curvature.layer_jacobian import LayerJacobian
 from torchnewton.curvature.operator import Diagonal, LinearOperator
 
-__all__ = ["Diagonal", "GaussNewton", "Jacobian", "LinearOperator", "forward_flops"]
+__all__ = [
+    "Autodiff",
+    "Average",
+    "Blocks",
+    "ComplexPair",
+    "ComplexStep",
+    "ComplexStepHessian",
+    "Diagonal",
+    "EmpiricalFisher",
+    "Estimate",
+    "FiniteDifference",
+    "GaussNewton",
+    "Gram",
+    "Hessian",
+    "Jacobian",
+    "LayerJacobian",
+    "LinearOperator",
+    "complex_step_rule",
+    "directional_derivative",
+    "forward_flops",
+]

@@ -28,6 +28,11 @@ class Jacobian(LinearOperator):
         super().__init__(tape.params, tape.outputs)
         self.tape = tape
 
+    @property
+    def path(self) -> str:
+        """How products are made."""
+        return "kept double backward"
+
     def apply(self, v: Sequence[Tensor]) -> Vector:
         """Jv."""
         return [y for term in self.tape.terms for y in term.jacobian_product(v)]
@@ -35,12 +40,9 @@ class Jacobian(LinearOperator):
     def adjoint(self, u: Sequence[Tensor]) -> Vector:
         """Jᵀu."""
         total = [torch.zeros_like(p) for p in self.tape.params]
-        start = 0
-        for term in self.tape.terms:
-            stop = start + len(term.outputs)
-            for t, g in zip(total, term.jacobian_adjoint(u[start:stop]), strict=True):
+        for number, term in enumerate(self.tape.terms):
+            for t, g in zip(total, term.jacobian_adjoint(self.tape.of_term(u, number)), strict=True):
                 t += g
-            start = stop
         return total
 
     def to_dense(self) -> Tensor:

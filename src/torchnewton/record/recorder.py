@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,12 +15,21 @@ from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function_unary
 
 from torchnewton.record.errors import RecordError
-from torchnewton.record.losses import ACTIVATIONS, LOSSES, Function, split_inputs
+from torchnewton.record.graph import Edge, edge_of
+from torchnewton.record.losses import ACTIVATIONS, LOSSES, Function, divisor, split_inputs
 from torchnewton.record.term import Candidate, Term
 
 _BACKWARD = {Tensor.backward, torch.autograd.backward}
 _EMBEDDINGS = {F.embedding, F.embedding_bag}
 _RECURRENT = {torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu}
+
+
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    """g v/‖v‖. torch's own function takes ‖v‖ for a constant in its second derivative."""
+    return v * (g / torch.norm_except_dim(v, 2, dim))
+
+
+_CORRECTED: Mapping[Function, Function] = {torch._weight_norm: _weight_norm}
 
 
 def outputs(z: Tensor) -> Tensor:
@@ -36,14 +46,49 @@ def outputs(z: Tensor) -> Tensor:
     return z
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LayerCall:
-    """One call of a torch function that used parameters: the layer's input, output and live parameters."""
+    """One call of a torch function that used parameters: its arguments as they were, and where its output stands.
+
+    `tensors` are the tensors among the arguments in their order, `parameters` the live parameters among them, `input`
+    the first other one. `exact` is False where autocast has changed the numbers.
+    """
 
     function: Function
+    args: Sequence[Any]
+    kwargs: Mapping[str, Any]
+    tensors: tuple[Tensor, ...]
     parameters: tuple[Tensor, ...]
-    input: Tensor | None
-    output: Tensor
+    edge: Edge
+    output_shape: torch.Size
+    exact: bool
+
+    @property
+    def input(self) -> Tensor | None:
+        """The first tensor that is no parameter."""
+        used = {id(p) for p in self.parameters}
+        return next((t for t in self.tensors if id(t) not in used), None)
+
+    def __call__(self, tensors: Sequence[Tensor]) -> Tensor:
+        """The same call with other tensors in the place of `self.tensors`."""
+        parts = iter(tensors)
+        args = replaced(self.args, parts)
+        kwargs = dict(zip(self.kwargs, replaced(self.kwargs.values(), parts), strict=True))
+        output: Tensor = self.function(*args, **kwargs)
+        return output
+
+
+def replaced(values: Any, parts: Iterator[Tensor]) -> list[Any]:
+    """The call arguments with their tensors taken from `parts` in the order of `tensors_in`."""
+    new: list[Any] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            new.append(next(parts))
+        elif isinstance(value, (list, tuple)):
+            new.append(type(value)(next(parts) if isinstance(item, Tensor) else item for item in value))
+        else:
+            new.append(value)
+    return new
 
 
 def tensors_in(values: Sequence[Any] | Mapping[str, Any]) -> Iterator[Tensor]:
@@ -67,6 +112,7 @@ class Watcher(TorchFunctionMode):
     ) -> Any:
         """See `torch.overrides.TorchFunctionMode`."""
         kwargs = kwargs or {}
+        func = _CORRECTED.get(func, func)
         if func in _BACKWARD:
             for loss, weight in _backward_arguments(func, args, kwargs):
                 self.backward_values.append((loss.detach() * weight).sum())
@@ -95,6 +141,7 @@ class Recorder(Watcher):
         self.candidates: list[Candidate] = []
         self.marked: list[Candidate] = []
         self.layer_calls: list[LayerCall] = []
+        self.sizes: dict[Edge, torch.Size] = {}
         self.terms: list[Term] = []
         self.differentiates_parameters = False
         self._ids = {id(p) for p in params}
@@ -125,6 +172,7 @@ class Recorder(Watcher):
         result = super().on_call(func, args, kwargs)
         output = result if isinstance(result, Tensor) else next(tensors_in([result]), None)
         if output is not None and output.grad_fn is not None:
+            self.sizes[edge_of(output)] = output.shape
             self._keep(func, args, kwargs, output)
         return result
 
@@ -134,14 +182,16 @@ class Recorder(Watcher):
         elif func in LOSSES:
             inputs = split_inputs(LOSSES[func], args, kwargs, self._activations)
             if inputs:
-                self.candidates.append(Candidate.of(func.__name__, inputs, output))
+                averaged = partial(divisor, func, args, kwargs)
+                self.candidates.append(Candidate.of(func.__name__, inputs, output, averaged))
         elif func in ACTIVATIONS and output.grad_fn is not None:
             self._activations[output.grad_fn] = (func, args[0] if args else kwargs["input"])
         elif self._uses_parameter(args, kwargs):
-            tensors = [*tensors_in(args), *tensors_in(kwargs)]
+            tensors = (*tensors_in(args), *tensors_in(kwargs))
             used = tuple(t for t in tensors if id(t) in self._ids)
-            others = (t for t in tensors if id(t) not in self._ids)
-            self.layer_calls.append(LayerCall(func, used, next(others, None), output))
+            exact = not torch.is_autocast_enabled(output.device.type)
+            call = LayerCall(func, args, kwargs, tensors, used, edge_of(output), output.shape, exact)
+            self.layer_calls.append(call)
 
     def _uses_parameter(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
         ids = self._ids

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from torchnewton.record.losses import Function
-from torchnewton.record.recorder import Recorder, tensors_in
+from torchnewton.record.recorder import Recorder, replaced, tensors_in
 
 
 class NotPerSampleError(RuntimeError):
@@ -104,7 +104,7 @@ class PerSample(Replay):
 
         def one(*tensors: Tensor) -> Tensor:
             parts = iter([t.unsqueeze(0) if s else t for t, s in zip(tensors, sampled, strict=True)])
-            result = func(*_replaced(args, parts), **dict(zip(kwargs, _replaced(kwargs.values(), parts), strict=True)))
+            result = func(*replaced(args, parts), **dict(zip(kwargs, replaced(kwargs.values(), parts), strict=True)))
             if not isinstance(result, Tensor) or (any(sampled) and result.shape[:1] != (1,)):
                 raise NotPerSampleError(f"{func.__name__} does not keep the sample dimension")
             return result.squeeze(0) if any(sampled) else result
@@ -191,16 +191,3 @@ class PairedProduct(torch.autograd.Function):
 
 
 _paired_product: Callable[..., Tensor] = PairedProduct.apply
-
-
-def _replaced(values: Any, parts: Iterator[Tensor]) -> list[Any]:
-    """The call arguments with their tensors taken from `parts` in the order of `tensors_in`."""
-    new: list[Any] = []
-    for value in values:
-        if isinstance(value, Tensor):
-            new.append(next(parts))
-        elif isinstance(value, (list, tuple)):
-            new.append(type(value)(next(parts) if isinstance(item, Tensor) else item for item in value))
-        else:
-            new.append(value)
-    return new

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from torchnewton.record.errors import RecordError
+from torchnewton.record.graph import Edge
 from torchnewton.record.recorder import LayerCall, Recorder, Watcher, refuse_grad_scaler
 from torchnewton.record.replay import (
     BufferSnapshot,
@@ -41,6 +42,7 @@ class Tape:
     candidates: list[Candidate]
     marked: list[Candidate]
     layer_calls: list[LayerCall]
+    sizes: dict[Edge, torch.Size]
     returned: Any
     random_state: RandomState | None
     buffers: BufferSnapshot
@@ -70,6 +72,11 @@ class Tape:
     def outputs(self) -> list[Tensor]:
         """The tensors z, in the order of the terms."""
         return [z for term in self.terms for z in term.outputs]
+
+    def of_term(self, u: Sequence[Tensor], number: int) -> list[Tensor]:
+        """Those of `u`, a list like the outputs, that belong to one term."""
+        start = sum(len(term.outputs) for term in self.terms[:number])
+        return list(u[start : start + len(self.terms[number].outputs)])
 
     @property
     def has_rest(self) -> bool:
@@ -174,6 +181,7 @@ def record(closure: Closure, params: Sequence[Tensor], *, create_graph: bool = T
         candidates=recorder.candidates,
         marked=recorder.marked,
         layer_calls=recorder.layer_calls,
+        sizes=recorder.sizes,
         returned=returned,
         random_state=None if random_state.is_current() else random_state,
         buffers=buffers,

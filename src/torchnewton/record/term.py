@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -24,18 +25,24 @@ from torchnewton.record.graph import (
 
 @dataclass(frozen=True)
 class Candidate:
-    """A loss call seen while recording: ℓ = name(z₁, …), with its place in the graph at that time."""
+    """A loss call seen while recording: ℓ = name(z₁, …), with its place in the graph at that time.
+
+    `divisor()` is D with ℓ = Σ/D, Σ the sum over the entries (see `losses.divisor`); None where it is not known.
+    """
 
     name: str
     outputs: list[Tensor]
     edges: list[Edge]
     loss: Tensor
     loss_edge: Edge
+    divisor: Callable[[], float] | None = None
 
     @classmethod
-    def of(cls, name: str, outputs: Sequence[Tensor], loss: Tensor) -> Candidate:
+    def of(
+        cls, name: str, outputs: Sequence[Tensor], loss: Tensor, divisor: Callable[[], float] | None = None
+    ) -> Candidate:
         """The candidate as it stands in the graph now."""
-        return cls(name, list(outputs), [edge_of(z) for z in outputs], loss, edge_of(loss))
+        return cls(name, list(outputs), [edge_of(z) for z in outputs], loss, edge_of(loss), divisor)
 
 
 @dataclass(frozen=True)
@@ -46,8 +53,14 @@ class Piece:
     outputs: list[Tensor]
     edges: list[Edge]
     loss: Tensor
+    loss_edge: Edge
+    divisor: Callable[[], float] | None
     weight: Tensor
     slope: list[Tensor]
+
+    def slope_for(self, weight: Tensor) -> list[Tensor]:
+        """weight · ∂ℓ/∂z for another weight, without its graph."""
+        return filled(grad([self.loss_edge], self.edges, [weight]), self.outputs)
 
 
 class Term:
@@ -73,14 +86,17 @@ class Term:
         self.params = list(params)
         self.value = (loss.detach() * weight).sum()
         start = edge_of(loss)
+        self._start, self._weight = start, weight.detach()
         self._custom = refuse_reentrant(start)
         self.pieces, self.rest = _pieces(loss, weight, candidates, marked, self.params)
         places = {edge: z for piece in self.pieces for edge, z in zip(piece.edges, piece.outputs, strict=True)}
         self.edges, self.outputs = list(places), list(places.values())
         self.cotangents = self._sum([piece.slope for piece in self.pieces])
         self._linearization: list[Tensor | None] | None = None
-        if self.rest:
-            self.gradient = grad([start], self.params, [weight], create_graph=not self.pieces and create_graph)
+        if create_graph and not self.pieces:
+            self.gradient = self.gradient_graph
+        elif self.rest:
+            self.gradient = grad([start], self.params, [weight])
         elif create_graph:
             self.gradient = self.linearization
         else:
@@ -107,15 +123,39 @@ class Term:
             self._linearization = found
         return self._linearization
 
-    def jacobian_product(self, v: Sequence[Tensor]) -> list[Tensor]:
-        """Jv, one tensor per output."""
-        pairs = [(g, w) for g, w in zip(self.linearization, v, strict=True) if g is not None and g.requires_grad]
+    @cached_property
+    def gradient_graph(self) -> list[Tensor | None]:
+        """The gradient with its graph in the parameters; one backward pass when it is first asked for."""
+        weight = self._weight.clone().requires_grad_() if self._custom else self._weight  # shows once_differentiable
+        found = grad([self._start], self.params, [weight], create_graph=True)
+        if self._custom:
+            refuse_once_differentiable(g for g in found if g is not None)
+        return found
+
+    def gradient_product(self, v: Sequence[Tensor]) -> list[Tensor]:
+        """∂⟨g, v⟩/∂θ with g the gradient: the Hessian of the whole term times v."""
+        pairs = [(g, w) for g, w in zip(self.gradient_graph, v, strict=True) if g is not None and g.requires_grad]
+        found = grad([edge_of(g) for g, _ in pairs], self.params, [w.to(g.dtype) for g, w in pairs])
+        return filled(found, self.params)
+
+    def jacobian_product(self, v: Sequence[Tensor | None]) -> list[Tensor]:
+        """Jv, one tensor per output; None stands for zeros."""
+        if all(w is None for w in v):
+            return filled([None] * len(self.outputs), self.outputs)
+        entries = zip(self.linearization, v, strict=True)
+        pairs = [(g, w) for g, w in entries if w is not None and g is not None and g.requires_grad]
         found = grad([edge_of(g) for g, _ in pairs], self.cotangents, [w.to(g.dtype) for g, w in pairs])
         return filled(found, self.outputs)
 
-    def jacobian_adjoint(self, u: Sequence[Tensor]) -> list[Tensor]:
-        """Jᵀu, one tensor per parameter."""
-        return filled(grad(self.edges, self.params, u), self.params)
+    def jacobian_adjoint(self, u: Sequence[Tensor], wanted: Sequence[Tensor | None] | None = None) -> list[Tensor]:
+        """Jᵀu, one tensor per parameter; zeros where `wanted`, if given, has None."""
+        if wanted is None:
+            return filled(grad(self.edges, self.params, u), self.params)
+        chosen = [i for i, w in enumerate(wanted) if w is not None]
+        found: list[Tensor | None] = [None] * len(self.params)
+        for i, g in zip(chosen, grad(self.edges, [self.params[i] for i in chosen], u), strict=True):
+            found[i] = g
+        return filled(found, self.params)
 
     def hessian_product(self, u: Sequence[Tensor]) -> list[Tensor]:
         """Bu with B = ∂²f/∂z², the sum over the pieces of weight · ∂²ℓ/∂z²."""
@@ -158,7 +198,7 @@ def _pieces(
         if w is not None:
             w = w.detach()
             slope = filled(grad([c.loss_edge], c.edges, [w], create_graph=True), c.outputs)
-            pieces.append(Piece(c.name, c.outputs, c.edges, c.loss, w, slope))
+            pieces.append(Piece(c.name, c.outputs, c.edges, c.loss, c.loss_edge, c.divisor, w, slope))
     return pieces, rest or not pieces
 
 

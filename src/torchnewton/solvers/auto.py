@@ -9,10 +9,10 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from torchnewton.costs import StatesCosts
+from torchnewton.costs import StatesCosts, cholesky_flops
 from torchnewton.solvers.cg import CG
-from torchnewton.solvers.direct import Direct, direct_flops
-from torchnewton.solvers.dual import Dual, dual_flops
+from torchnewton.solvers.direct import Direct
+from torchnewton.solvers.dual import Dual
 from torchnewton.solvers.result import Operator, Solver, SolveResult
 from torchnewton.vectors import num_entries
 
@@ -21,37 +21,45 @@ from torchnewton.vectors import num_entries
 class Auto:
     """The cheapest of `Direct`, `Dual` and `CG`, by counting floating-point operations for P parameters.
 
-    direct:  the dense matrix + P³/3
-    dual:    the factor R + n²P + n³/3, n its rows; twice that in float32, since it computes in float64
+    direct:  the dense matrix + P³/3 in float64
+    dual:    the Gram matrix RRᵀ of n rows + n³/3 in float64, and two products
     CG:      `expected_iterations` products, those of a solve that is as good
 
-    The operator states the costs, and by `can_form_dense` whether matrix and factor are to be had at them; any other
-    operator is solved by CG. `SolveResult.method` says what was chosen and why.
+    The operator states the costs, for CG those of the cheaper way to make so many products, and by `can_factor` whether
+    the matrices are to be had at them; any other operator is solved by CG. A factorization takes at most `max_bytes`.
+    `SolveResult.method` says what was chosen and why.
     """
 
     cg: CG = field(default_factory=lambda: CG(rtol=0.1, max_iterations=20))
     direct: Direct = field(default_factory=Direct)
     dual: Dual = field(default_factory=Dual)
     expected_iterations: int = 50
+    max_bytes: float = 4e9
 
     def choose(self, A: Operator, b: Sequence[Tensor]) -> tuple[Solver, str]:
         """The solver for a system with this right-hand side, and why."""
         if not isinstance(A, StatesCosts):
             return self.cg, "the operator states no costs"
-        stated, size = A.costs(), num_entries(b)
-        dual = dual_flops(stated.factor_rows, size) * (1 if b[0].dtype is torch.float64 else 2)
-        costs: list[tuple[float, str, Solver]] = [
-            (self.expected_iterations * stated.product, "CG", self.cg),
-            (stated.dense + direct_flops(size), "direct", self.direct),
-            (stated.factor + dual, "dual", self.dual),
-        ]
-        if size > self.direct.max_parameters:
-            del costs[1]
-        solver = min(costs, key=lambda entry: entry[0])[2]
-        reason = ", ".join(f"{name} {flops:.1e} operations" for flops, name, _ in costs if math.isfinite(flops))
-        if solver is not self.cg and not A.can_form_dense():
+        options = self.options(A, b)
+        reason = ", ".join(f"{name} {flops:.1e} operations" for name, (flops, _) in options.items())
+        solver = min(options.values(), key=lambda option: option[0])[1]
+        if solver is not self.cg and not A.can_factor():
             return self.cg, "the closure mixes samples, so that exact rows are dear"
         return solver, reason
+
+    def options(self, A: StatesCosts, b: Sequence[Tensor]) -> dict[str, tuple[float, Solver]]:
+        """Operations of every solver that is possible, and the solver."""
+        stated, size = A.costs(self.expected_iterations), num_entries(b)
+        slow = 1 if b[0].dtype is torch.float64 else 2  # factorizations are in float64
+        found: dict[str, tuple[float, Solver]] = {
+            "CG": (stated.setup + self.expected_iterations * stated.product, self.cg)
+        }
+        if size <= self.direct.max_parameters and 16.0 * size**2 <= self.max_bytes:
+            found["direct"] = (stated.dense + slow * cholesky_flops(size), self.direct)
+        if 16.0 * stated.gram_rows**2 <= self.max_bytes:
+            flops = stated.gram + slow * cholesky_flops(stated.gram_rows) + 2 * stated.product
+            found["dual"] = (flops, self.dual)
+        return {name: option for name, option in found.items() if math.isfinite(option[0])}
 
     def solve(
         self,
@@ -62,5 +70,7 @@ class Auto:
     ) -> SolveResult:
         """See `Solver.solve`."""
         solver, reason = self.choose(A, b)
+        if solver is self.cg and isinstance(A, StatesCosts):
+            A.expect(self.expected_iterations)
         result = solver.solve(A, b, x0, preconditioner)
         return replace(result, method=f"{result.method}; {reason}")

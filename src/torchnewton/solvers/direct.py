@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchnewton.costs import StatesCosts
+from torchnewton.costs import StatesCosts, cholesky_flops
 from torchnewton.solvers.result import Operator, SolveResult, Status
 from torchnewton.vectors import Vector, add, flatten, norm, num_entries, unflatten, zeros_like
 
@@ -39,42 +39,46 @@ class Direct:
                 f"Direct: {size} parameters give a matrix of {8e-9 * size**2:.1f} GB; use CG(), or raise "
                 f"max_parameters={self.max_parameters}."
             )
-        dense = _dense(A)
-        factor, info = torch.linalg.cholesky_ex(dense)
-        if int(info) > 0:
-            finite = bool(torch.isfinite(dense).all())
-            return _failure(b, Status.NOT_POSITIVE_DEFINITE if finite else Status.NOT_FINITE)
-
-        def solve(rhs: Vector) -> Vector:
-            x = torch.cholesky_solve(flatten(rhs).to(dense.dtype).unsqueeze(1), factor).squeeze(1)
-            return unflatten(x.to(rhs[0].dtype), rhs)
-
-        flops = direct_flops(size) + (A.costs().dense if isinstance(A, StatesCosts) else 0.0)
-        solution = solve(list(b))
-        product = unflatten((dense @ flatten(solution).to(dense.dtype)).to(b[0].dtype), b)
-        residual = add(b, product, -1.0)
-        if not math.isfinite(norm(residual)):
-            return _failure(b, Status.NOT_FINITE)
-        return SolveResult(
-            solution,
-            residual,
-            norm(residual),
-            Status.CONVERGED,
-            1,
-            method="direct (Cholesky)",
-            reuse=solve,
-            flops=flops,
-        )
+        flops = cholesky_flops(size) + (A.costs(1).dense if isinstance(A, StatesCosts) else 0.0)
+        return _solve(_dense(A).to(torch.float64), b, 0.0, flops)
 
 
 def _dense(A: Any) -> Tensor:
-    return (A if isinstance(A, Tensor) else A.to_dense()).to(torch.float64)
+    dense: Tensor = A if isinstance(A, Tensor) else A.to_dense()
+    return dense
+
+
+def _solve(matrix: Tensor, b: Sequence[Tensor], shift: float, flops: float) -> SolveResult:
+    dense = matrix
+    if shift:
+        dense = matrix.clone()
+        dense.diagonal().add_(shift)
+    factor, info = torch.linalg.cholesky_ex(dense)
+    if int(info) > 0:
+        finite = bool(torch.isfinite(dense).all())
+        return _failure(b, Status.NOT_POSITIVE_DEFINITE if finite else Status.NOT_FINITE)
+
+    def solve(rhs: Vector) -> Vector:
+        x = torch.cholesky_solve(flatten(rhs).to(dense.dtype).unsqueeze(1), factor).squeeze(1)
+        return unflatten(x.to(rhs[0].dtype), rhs)
+
+    solution = solve(list(b))
+    product = unflatten((dense @ flatten(solution).to(dense.dtype)).to(b[0].dtype), b)
+    residual = add(b, product, -1.0)
+    if not math.isfinite(norm(residual)):
+        return _failure(b, Status.NOT_FINITE)
+    return SolveResult(
+        solution,
+        residual,
+        norm(residual),
+        Status.CONVERGED,
+        1,
+        method="direct (Cholesky)",
+        reuse=solve,
+        shifted=lambda more: _solve(matrix, b, shift + more, cholesky_flops(len(matrix))),
+        flops=flops,
+    )
 
 
 def _failure(b: Sequence[Tensor], status: Status) -> SolveResult:
     return SolveResult(zeros_like(b), list(b), norm(b), status, 0, method="direct (Cholesky)")
-
-
-def direct_flops(size: int) -> float:
-    """Operations of a Cholesky factorization."""
-    return size**3 / 3

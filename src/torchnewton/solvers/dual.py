@@ -3,37 +3,72 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from torchnewton.costs import StatesCosts
+from torchnewton.costs import StatesCosts, cholesky_flops
 from torchnewton.solvers.result import Operator, SolveResult, Status
-from torchnewton.vectors import Vector, flatten, norm, symmetric_product, unflatten, zeros_like
+from torchnewton.vectors import Vector, add, norm, scale, zeros_like
+
+_EIGENDECOMPOSITION = 27  # Cholesky factorizations that take as long as one eigendecomposition, by operations
+_SMALL = 1e9  # n²P up to which the Gram matrix is computed in float64 at once
+
+
+class Rows(Protocol):
+    """R, known by its products and by RRᵀ."""
+
+    @property
+    def num_rows(self) -> int:
+        """n."""
+        ...
+
+    def product(self, v: Sequence[Tensor], /) -> Tensor:
+        """Rv."""
+        ...
+
+    def adjoint(self, w: Tensor, /) -> Vector:
+        """Rᵀw."""
+        ...
+
+    def gram(self, dtype: torch.dtype, /) -> Tensor:
+        """RRᵀ."""
+        ...
 
 
 @runtime_checkable
 class Factored(Protocol):
     """An operator that knows A = RᵀR + σI."""
 
-    def factored(self) -> tuple[Tensor, float] | None:
+    def factored(self) -> tuple[Rows, float] | None:
         """(R, σ), or None."""
         ...
 
 
 @dataclass(frozen=True)
 class Dual:
-    """Solves (RᵀR + σI)x = b with few rows n in R and σ > 0 by a Cholesky factorization of n×n.
+    """Solves (RᵀR + σI)x = b with few rows n in R and σ > 0 by a factorization of n×n in float64.
 
         x = (b − Rᵀ(RRᵀ + σI)⁻¹Rb) / σ
 
-    `x0` and `preconditioner` are not used. Cost: n²P + n³/3 operations in float64. Memory: R and 2n² numbers.
-    Errors: `ValueError` for an operator without a factor (its closure mixes samples) or without a shift σ > 0.
+    The Gram matrix RRᵀ is formed in the precision of b, in float64 where it is small or σ < 1e-6·‖RRᵀ‖; its rounding
+    is mended by at most `max_refinements` steps x ← x + A⁻¹(b − Ax) until ‖b − Ax‖ ≤ `rtol`·‖b‖. `SolveResult.shifted`
+    solves for other σ with the same Gram matrix: by one Cholesky factorization each, or, where `num_shifts` of them are
+    announced and that is cheaper, by one eigendecomposition for all.
+
+    `x0` and `preconditioner` are not used. Cost: RRᵀ, n³/3 operations, and 2 products with each of R and Rᵀ.
+    Memory: 2n² numbers and what R keeps. Errors: `ValueError` for an operator without R (its closure mixes samples) or
+    without a shift σ > 0.
     Source: Sherman, Morrison and Woodbury; Björck, "Numerical Methods for Least Squares Problems", section 2.7.
     """
+
+    rtol: float = 1e-4
+    max_refinements: int = 2
+    num_shifts: int = 1
 
     def solve(
         self,
@@ -49,37 +84,86 @@ class Dual:
         R, shift = found
         if not shift > 0:
             raise ValueError(f"Dual: the damping must be positive, the shift of the operator is {shift}; use Direct().")
-        gram = symmetric_product(R.mT, R.mT, R.dtype)
-        gram.diagonal().add_(shift)
-        factor, info = torch.linalg.cholesky_ex(gram)
-        if int(info) > 0:
-            finite = bool(torch.isfinite(gram).all())
-            status = Status.NOT_POSITIVE_DEFINITE if finite else Status.NOT_FINITE
-            return _failure(b, status)
+        flops = cholesky_flops(R.num_rows) + (A.costs(1).gram if isinstance(A, StatesCosts) else 0.0)
+        return self._solve(_Gram(R, b, self.num_shifts), shift, flops)
 
-        def solve(rhs: Tensor) -> Tensor:
-            inner = torch.cholesky_solve((R @ rhs).unsqueeze(1), factor).squeeze(1)
-            return (rhs - R.mT @ inner) / shift
+    def _solve(self, gram: _Gram, shift: float, flops: float) -> SolveResult:
+        b = gram.b
+        inverse = gram.inverse(shift)
+        if isinstance(inverse, Status):
+            return SolveResult(zeros_like(b), list(b), norm(b), inverse, 0, method="dual (Cholesky)")
 
-        def reuse(rhs: Vector) -> Vector:
-            return unflatten(solve(flatten(rhs).to(R.dtype)).to(rhs[0].dtype), rhs)
+        def approximate(rhs: Vector) -> Vector:
+            inner = inverse(gram.R.product(rhs).double())
+            return scale(add(rhs, gram.R.adjoint(inner), -1.0), 1 / shift)
 
-        flops = dual_flops(*R.shape) + (A.costs().factor if isinstance(A, StatesCosts) else 0.0)
-        flat = flatten(b).to(R.dtype)
-        x = solve(flat)
-        residual = unflatten((flat - R.mT @ (R @ x) - shift * x).to(b[0].dtype), b)
-        if not math.isfinite(norm(residual)):
-            return _failure(b, Status.NOT_FINITE)
-        solution = unflatten(x.to(b[0].dtype), b)
+        def residual_of(x: Vector) -> Vector:
+            return add(add(b, x, -shift), gram.R.adjoint(gram.R.product(x)), -1.0)
+
+        x = approximate(b)
+        residual, tolerance = residual_of(x), self.rtol * norm(b)
+        refinements = 0
+        while refinements < self.max_refinements and norm(residual) > tolerance:
+            better = add(x, approximate(residual))
+            left = residual_of(better)
+            refinements += 1
+            if not norm(left) < norm(residual):
+                break
+            x, residual = better, left
+        size = norm(residual)
+        if not math.isfinite(size):
+            return SolveResult(zeros_like(b), list(b), norm(b), Status.NOT_FINITE, 0, method="dual (Cholesky)")
         return SolveResult(
-            solution, residual, norm(residual), Status.CONVERGED, 1, method="dual (Cholesky)", reuse=reuse, flops=flops
+            x,
+            residual,
+            size,
+            Status.CONVERGED if size <= tolerance else Status.MAX_ITERATIONS,
+            1 + refinements,
+            method=f"dual ({gram.factorization})",
+            reuse=approximate,
+            shifted=lambda more: self._solve(gram, shift + more, cholesky_flops(gram.R.num_rows)),
+            flops=flops,
         )
 
 
-def _failure(b: Sequence[Tensor], status: Status) -> SolveResult:
-    return SolveResult(zeros_like(b), list(b), norm(b), status, 0, method="dual (Cholesky)")
+class _Gram:
+    """RRᵀ with its factorizations."""
 
+    def __init__(self, R: Rows, b: Sequence[Tensor], num_shifts: int) -> None:
+        self.R = R
+        self.b = list(b)
+        self.factorization = "eigendecomposition" if num_shifts > _EIGENDECOMPOSITION else "Cholesky"
+        small = float(R.num_rows) ** 2 * sum(x.numel() for x in b) <= _SMALL
+        self._dtype = torch.float64 if small else b[0].dtype
 
-def dual_flops(rows: int, size: int) -> float:
-    """Operations of RRᵀ and its Cholesky factorization."""
-    return rows**2 * size + rows**3 / 3
+    @cached_property
+    def _single(self) -> Tensor:
+        return self.R.gram(self._dtype)
+
+    @cached_property
+    def _double(self) -> Tensor:
+        return self._single if self._dtype is torch.float64 else self.R.gram(torch.float64)
+
+    def matrix(self, shift: float) -> Tensor:
+        """RRᵀ in float64, as exact as the shift asks for."""
+        if "_double" in self.__dict__ or shift < 1e-6 * float(self._single.norm()):
+            return self._double
+        return self._single.double()
+
+    @cached_property
+    def _spectrum(self) -> tuple[Tensor, Tensor]:
+        values, basis = torch.linalg.eigh(self._double)
+        return values, basis
+
+    def inverse(self, shift: float) -> Callable[[Tensor], Tensor] | Status:
+        """w ↦ (RRᵀ + σI)⁻¹w, or why not."""
+        if self.factorization == "eigendecomposition" and bool(torch.isfinite(self._double).all()):
+            values, basis = self._spectrum
+            return lambda w: basis @ ((basis.mT @ w) / (values.clamp(min=0) + shift))
+        matrix = self.matrix(shift).clone()
+        matrix.diagonal().add_(shift)
+        factor, info = torch.linalg.cholesky_ex(matrix)
+        if int(info) > 0:
+            finite = bool(torch.isfinite(matrix).all())
+            return Status.NOT_POSITIVE_DEFINITE if finite else Status.NOT_FINITE
+        return lambda w: torch.cholesky_solve(w.unsqueeze(1), factor).squeeze(1)

@@ -33,7 +33,7 @@ class SolveResult:
 
     `negative_curvature` is a direction p with pᵀAp ≤ 0 where one was met. `method` names the solver, and the reason
     where one was chosen. `reuse` solves for another right-hand side with the same factorization, where there is one.
-    `flops` counts the operations of dense linear algebra, rows of the Jacobian included; products are counted apart.
+    `shifted` solves (A + δI)x = b likewise. `flops` counts the operations of dense linear algebra, rows of the Jacobian included; products are counted apart.
     """
 
     solution: Vector
@@ -45,6 +45,7 @@ class SolveResult:
     negative_curvature: Vector | None = None
     method: str = ""
     reuse: Callable[[Vector], Vector] | None = None
+    shifted: Callable[[float], SolveResult] | None = None
     flops: float = 0.0
 
 

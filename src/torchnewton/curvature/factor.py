@@ -1,0 +1,186 @@
+"""R with G = RᵀR: the rows of the Jacobian, weighted by the square root of the output Hessian."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from torchnewton.curvature.cost_model import gram_by_pairs, gram_by_rows
+from torchnewton.curvature.layer_jacobian import LayerJacobian
+from torchnewton.curvature.layer_jacobian.factors import Factor
+from torchnewton.curvature.layer_jacobian.layers import Paired
+from torchnewton.curvature.output_root import output_root
+from torchnewton.record import NotPerSampleError
+from torchnewton.vectors import Vector, flatten, symmetric_product, unflatten
+
+
+class WeightedRows(ABC):
+    """R = B^½J with G = RᵀR, n × P: its products, its rows, and its Gram matrix RRᵀ."""
+
+    num_rows: int
+
+    @abstractmethod
+    def product(self, v: Sequence[Tensor]) -> Tensor:
+        """Rv, n numbers."""
+
+    @abstractmethod
+    def adjoint(self, w: Tensor) -> Vector:
+        """Rᵀw."""
+
+    @abstractmethod
+    def gram(self, dtype: torch.dtype) -> Tensor:
+        """RRᵀ, computed in `dtype`."""
+
+    @abstractmethod
+    def rows(self) -> Tensor:
+        """R itself."""
+
+
+class StoredRows(WeightedRows):
+    """R as a matrix, for vectors like `like`."""
+
+    def __init__(self, matrix: Tensor, like: Sequence[Tensor]) -> None:
+        self.matrix = matrix
+        self.like = list(like)
+        self.num_rows = len(matrix)
+
+    def product(self, v: Sequence[Tensor]) -> Tensor:
+        """See `WeightedRows.product`."""
+        return self.matrix @ flatten(v).to(self.matrix.dtype)
+
+    def adjoint(self, w: Tensor) -> Vector:
+        """See `WeightedRows.adjoint`."""
+        return unflatten(self.matrix.mT @ w.to(self.matrix.dtype), self.like)
+
+    def gram(self, dtype: torch.dtype) -> Tensor:
+        """See `WeightedRows.gram`."""
+        columns = self.matrix.to(dtype).mT
+        return symmetric_product(columns, columns, dtype)
+
+    def rows(self) -> Tensor:
+        """See `WeightedRows.rows`."""
+        return self.matrix
+
+
+class LayerRows(WeightedRows):
+    """R by layer factors; the matrix itself is formed for `rows` alone.
+
+    The Gram matrix is a sum over the layers. A linear layer with one row of inputs a sample contributes
+    (A Aᵀ) ∘ (D Dᵀ), A its inputs and D the weighted cotangents at its outputs; a layer that is used at several places
+    of a sample the cheaper of the same, summed over pairs of places, and of rows times rows, formed in slices of
+    `chunk_bytes`. A parameter used in several calls goes by rows.
+
+    Cost: RRᵀ n²·ΣO operations for linear layers with O outputs, at most n²P; see `cost_model.gram_flops`.
+    Raises `NotPerSampleError` unless all parameters are explicit and B is positive semidefinite.
+    Source: the identity is that of Dangel, Tatzel, Hennig, "ViViT", arXiv 2106.02624, section 3.
+    """
+
+    def __init__(self, jacobian: LayerJacobian, chunk_bytes: float = 256e6) -> None:
+        self.tape = jacobian.tape
+        self.jacobian = jacobian
+        self.chunk_bytes = chunk_bytes
+        self.groups = jacobian.factors.groups
+        if len(jacobian.factors.covered) < len(self.tape.params):
+            raise NotPerSampleError("some parameters are used in calls without explicit factors")
+        self.roots = [output_root(self.tape.terms[group.term], group) for group in self.groups]
+        self.sizes = [group.num_samples * root.width for group, root in zip(self.groups, self.roots, strict=True)]
+        self.num_rows = sum(self.sizes)
+
+    def product(self, v: Sequence[Tensor]) -> Tensor:
+        """See `WeightedRows.product`."""
+        u = self.jacobian.apply(v)
+        parts = [
+            root.weigh(group.join(self.tape.of_term(u, group.term)).unsqueeze(2)).reshape(-1)
+            for group, root in zip(self.groups, self.roots, strict=True)
+        ]
+        return torch.cat(parts)
+
+    def adjoint(self, w: Tensor) -> Vector:
+        """See `WeightedRows.adjoint`."""
+        u = [torch.zeros_like(z, memory_format=torch.contiguous_format) for z in self.tape.outputs]
+        for group, root, part in zip(self.groups, self.roots, w.split(self.sizes), strict=True):
+            joined = root.spread(part.view(group.num_samples, -1).to(u[0].dtype))
+            group.add(joined, self.tape.of_term(u, group.term))
+        return self.jacobian.adjoint(u)
+
+    def gram(self, dtype: torch.dtype) -> Tensor:
+        """See `WeightedRows.gram`."""
+        total = torch.zeros(self.num_rows, self.num_rows, dtype=dtype, device=self.tape.params[0].device)
+        for component in self._components:
+            if len(component) > 1:
+                positions = sorted({p for f in component for p in f.layer.positions})
+                columns = self._rows_of(component, positions, dtype).mT
+                total += symmetric_product(columns, columns, dtype)
+                continue
+            (factor,) = component
+            start = sum(self.sizes[: factor.group])
+            stop = start + self.sizes[factor.group]
+            block, cotangents = total[start:stop, start:stop], self._cotangents(factor).to(dtype)
+            layer, width = factor.layer, self.roots[factor.group].width
+            if isinstance(layer, Paired) and gram_by_pairs(layer, width) < gram_by_rows(layer, width):
+                block += self._by_pairs(layer, cotangents)
+            else:
+                for part in layer.columns(cotangents, self.chunk_bytes):
+                    columns = part.flatten(0, 1).mT
+                    block += symmetric_product(columns, columns, dtype)
+        return total
+
+    def rows(self) -> Tensor:
+        """See `WeightedRows.rows`."""
+        params = self.tape.params
+        return self._rows_of(self.jacobian.factors.factors, range(len(params)), params[0].dtype)
+
+    @cached_property
+    def _components(self) -> list[list[Factor]]:
+        """The factors, those that share parameters together."""
+        found: list[list[Factor]] = []
+        for factor in self.jacobian.factors.factors:
+            touching = [c for c in found if any(set(f.layer.positions) & set(factor.layer.positions) for f in c)]
+            merged = [f for c in touching for f in c] + [factor]
+            found = [c for c in found if c not in touching] + [merged]
+        return found
+
+    def _width(self, factor: Factor) -> int:
+        return self.roots[factor.group].width
+
+    def _cotangents(self, factor: Factor) -> Tensor:
+        """Rows of B^½ ∂z/∂s: N × r × shape of a sample of s."""
+        return factor.at_output(self.roots[factor.group].weigh(factor.cotangents.dense()))
+
+    def _by_pairs(self, layer: Paired, cotangents: Tensor) -> Tensor:
+        """Σ over pairs of places (l, k) of (aₗ·aₖ)(Dₗ·Dₖ)."""
+        D = layer.cotangents(cotangents).squeeze(2).movedim(-1, 2)  # N × r × L × O
+        n, r, places, _ = D.shape
+        A = layer.inputs().to(D.dtype).reshape(n * places, -1)
+        inner = symmetric_product(A.mT, A.mT, D.dtype) if layer.weight_position is not None else D.new_zeros(1, 1)
+        if layer.bias_position is not None:
+            inner = inner + 1
+        inner = inner.expand(n * places, n * places)
+        flat = D.reshape(n * r * places, -1)
+        if places == 1:
+            outer = symmetric_product(flat.mT, flat.mT, D.dtype)
+            return (outer.view(n, r, n, r) * inner.view(n, 1, n, 1)).view(n * r, n * r)
+        gram = D.new_empty(n, r, n * r)
+        step = max(1, int(self.chunk_bytes / (r * places * len(flat) * D.element_size())))
+        for start in range(0, n, step):
+            block = D[start : start + step].reshape(-1, flat.shape[1]) @ flat.mT
+            pairs = block.view(-1, r, places, n, r, places)
+            weights = inner.view(n, places, n, places)[start : start + step]
+            gram[start : start + step] = torch.einsum("arlbsk,albk->arbs", pairs, weights).reshape(-1, r, n * r)
+        return gram.view(n * r, n * r)
+
+    def _rows_of(self, component: list[Factor], positions: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """The rows of these factors in the parameters at these positions."""
+        params = self.tape.params
+        sizes = [params[p].numel() for p in positions]
+        R = torch.zeros(self.num_rows, sum(sizes), dtype=dtype, device=params[0].device)
+        parts = dict(zip(positions, R.split(sizes, dim=1), strict=True))
+        for factor in component:
+            start = sum(self.sizes[: factor.group])
+            for position, rows in factor.layer.rows(self._cotangents(factor)):
+                parts[position][start : start + rows.shape[0] * rows.shape[1]] += rows.flatten(0, 1)
+        return R

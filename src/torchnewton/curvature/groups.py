@@ -1,0 +1,47 @@
+"""Outputs by the number of their samples: the shape in which per-sample quantities are kept."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from torchnewton.record import Tape
+
+
+@dataclass(frozen=True)
+class OutputGroup:
+    """The outputs of one term that share a number of samples N; together M numbers a sample."""
+
+    term: int
+    members: tuple[int, ...]
+    num_samples: int
+    width: int
+
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
+        """N × M from the term's outputs."""
+        return torch.cat([parts[i].reshape(self.num_samples, -1) for i in self.members], dim=1)
+
+    def add(self, joined: Tensor, parts: Sequence[Tensor]) -> None:
+        """Add N × M to tensors like the term's outputs."""
+        start = 0
+        for i in self.members:
+            size = parts[i].numel() // self.num_samples
+            parts[i] += joined[:, start : start + size].reshape(parts[i].shape)
+            start += size
+
+
+def output_groups(tape: Tape) -> list[OutputGroup]:
+    """The outputs by term and number of samples."""
+    groups = []
+    for number, term in enumerate(tape.terms):
+        members: dict[int, list[int]] = {}
+        for i, z in enumerate(term.outputs):
+            if z.dim():
+                members.setdefault(z.shape[0], []).append(i)
+        for n, found in members.items():
+            width = sum(term.outputs[i].numel() for i in found) // n
+            groups.append(OutputGroup(number, tuple(found), n, width))
+    return groups

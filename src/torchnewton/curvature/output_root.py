@@ -1,0 +1,124 @@
+"""Square roots of the output Hessians B: what turns a Jacobian into a factor of the Gauss-Newton matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from torchnewton.curvature.groups import OutputGroup
+from torchnewton.record import NotPerSampleError, Term
+
+Product = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class OutputRoot:
+    """R with B = RRᵀ for every sample: `values` is N × M (R diagonal) or N × M × r."""
+
+    values: Tensor
+
+    @property
+    def width(self) -> int:
+        """r, the columns of R."""
+        return self.values.shape[-1]
+
+    def weigh(self, rows: Tensor) -> Tensor:
+        """Rᵀ · rows for rows N × M × T."""
+        if self.values.dim() == 2:
+            return self.values.unsqueeze(2).to(rows.dtype) * rows
+        return torch.bmm(self.values.mT.to(rows.dtype), rows)
+
+    def spread(self, w: Tensor) -> Tensor:
+        """R · w, N × M, for w N × r."""
+        if self.values.dim() == 2:
+            return self.values.to(w.dtype) * w
+        return torch.bmm(self.values.to(w.dtype), w.unsqueeze(2)).squeeze(2)
+
+
+def output_root(term: Term, group: OutputGroup) -> OutputRoot:
+    """The root of ∂²f/∂z² for one group of outputs, from two products with it where it has a known form.
+
+    - squared error, binary cross entropy and every loss that treats its entries apart: B is diagonal;
+    - cross entropy with any weights, smoothing, soft or ignored labels: B = α(diag p − ppᵀ), p the softmax of z and α a
+      number of each sample. R = √α · diag(√p) · Q with the C − 1 columns of Q orthogonal to √p: one less than classes;
+    - any other: the M columns of B and an eigendecomposition for every sample.
+
+    Each form is taken only if a product with a random vector agrees. Raises `NotPerSampleError` where B mixes samples
+    or is not positive semidefinite.
+    """
+    z = group.join(term.outputs).detach()
+
+    def product(u: Tensor) -> Tensor:
+        parts = [torch.zeros_like(y, memory_format=torch.contiguous_format) for y in term.outputs]
+        group.add(u, parts)
+        return group.join(term.hessian_product(parts))
+
+    generator = torch.Generator(device=z.device).manual_seed(0)
+    probe = torch.randn(z.shape, generator=generator, dtype=z.dtype, device=z.device)
+    curved = product(probe)
+    root = _diagonal(product, probe, curved)
+    if root is None and len(group.members) == 1:
+        shape = term.outputs[group.members[0]].shape
+        for dim in {1, len(shape) - 1} if len(shape) > 1 else ():
+            root = root or _softmax(z.view(shape), dim, probe, curved)
+    return root or _general(product, probe, curved)
+
+
+def _diagonal(product: Product, probe: Tensor, curved: Tensor) -> OutputRoot | None:
+    diagonal = product(torch.ones_like(probe))
+    if not _close(diagonal * probe, curved):
+        return None
+    return OutputRoot(_nonnegative(diagonal, diagonal.abs().amax()).sqrt())
+
+
+def _softmax(z: Tensor, dim: int, probe: Tensor, curved: Tensor) -> OutputRoot | None:
+    """With classes in dimension `dim`; the dimensions between samples and classes are places with a B each."""
+    n, classes = z.shape[0], z.shape[dim]
+    p = z.softmax(dim).movedim(dim, -1)
+    u, bu = (x.view(z.shape).movedim(dim, -1) for x in (probe, curved))
+    unit = p * u - p * (p * u).sum(-1, keepdim=True)
+    tiny = torch.finfo(z.dtype).tiny
+    alpha = (unit * bu).sum(-1, keepdim=True) / (unit * unit).sum(-1, keepdim=True).clamp(min=tiny)
+    if not _close(alpha * unit, bu):
+        return None
+    q = (_nonnegative(alpha, alpha.abs().amax()) * p).sqrt()
+    w = p.sqrt()
+    w = torch.cat([w[..., :-1], w[..., -1:] + 1], dim=-1)
+    w = w / w.norm(dim=-1, keepdim=True)
+    unit_matrix = torch.eye(classes, classes - 1, dtype=z.dtype, device=z.device)
+    Q = unit_matrix - 2 * w.unsqueeze(-1) * w[..., :-1].unsqueeze(-2)
+    root = (q.unsqueeze(-1) * Q).reshape(n, -1, classes, classes - 1)
+    places = root.shape[1]
+    if places == 1:
+        return OutputRoot(root.squeeze(1))
+    full = torch.diag_embed(root.permute(0, 2, 3, 1))  # n × classes × (classes − 1) × places × places
+    order = (0, 1, 3, 2, 4) if dim == 1 else (0, 3, 1, 2, 4)
+    return OutputRoot(full.permute(order).reshape(n, classes * places, (classes - 1) * places))
+
+
+def _general(product: Product, probe: Tensor, curved: Tensor) -> OutputRoot:
+    columns = []
+    for i in range(probe.shape[1]):
+        unit = torch.zeros_like(probe)
+        unit[:, i] = 1
+        columns.append(product(unit))
+    B = torch.stack(columns, dim=2)
+    if not _close(torch.bmm(B, probe.unsqueeze(2)).squeeze(2), curved):
+        raise NotPerSampleError("the loss mixes samples")
+    values, basis = torch.linalg.eigh(((B + B.mT) / 2).double())
+    values = _nonnegative(values, values.abs().amax())
+    return OutputRoot((basis * values.sqrt().unsqueeze(1)).to(probe.dtype))
+
+
+def _nonnegative(values: Tensor, scale: Tensor) -> Tensor:
+    tolerance = torch.finfo(torch.float32).eps * float(scale)
+    if bool((values < -tolerance).any()):
+        raise NotPerSampleError("the output Hessian of a loss is not positive semidefinite")
+    return values.clamp(min=0)
+
+
+def _close(found: Tensor, expected: Tensor) -> bool:
+    return bool((found - expected).norm() <= torch.finfo(found.dtype).eps ** 0.65 * expected.norm())
