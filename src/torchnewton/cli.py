@@ -18,6 +18,7 @@ try:
     from rich.table import Table
     from typer.exceptions import TyperException
 
+    from torchnewton.train.check import check
     from torchnewton.train.checkpoint import check_free, free_name, new_folder
     from torchnewton.train.compare import HEADERS, compare, rows
     from torchnewton.train.data import NAMES as DATA
@@ -25,7 +26,7 @@ try:
     from torchnewton.train.methods import NAMES as METHODS
     from torchnewton.train.models import NAMES as MODELS
     from torchnewton.train.page import FILES, title, write_page
-    from torchnewton.train.runs import Settings, train_new, train_resumed
+    from torchnewton.train.runs import Settings, make_run, train_new, train_resumed
 except ModuleNotFoundError as error:
     if error.name not in EXTRA:
         raise
@@ -134,6 +135,35 @@ def compare_command(
     console.print(table)
     console.print(f"Saved in {folder}: {', '.join(FILES)}", soft_wrap=True)
     return 0
+
+
+@app.command("check")
+def check_command(
+    data: Data = Settings.data,
+    data_dir: DataDir = Settings.data_dir,
+    model: Model = Settings.model,
+    method: Annotated[str, typer.Option(help=", ".join(METHODS))] = Settings.method,
+    lr: Annotated[float | None, typer.Option(help="Rate of a first-order method.", show_default="by method")] = None,
+    batch_size: BatchSize = None,
+    seed: Seed = Settings.seed,
+    device: Device = Settings.device,
+    threads: Threads = Settings.threads,
+) -> int:
+    """Check derivatives, determinism, memory and time before a training; fails where one is wrong."""
+    chosen = Settings(data, data_dir, model, method, lr, batch_size, seed=seed, device=device, threads=threads)
+    settings, run = make_run(chosen)
+    console = _console()
+    title = f"{run.data.name}, {settings.model}, {settings.method}"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, collapse_padding=True)
+    for header in ("check", "found", ""):
+        table.add_column(header)
+    failed = 0
+    for row in check(run):
+        failed += row.passed is False
+        table.add_row(row.name, row.value, {True: "pass", False: "FAIL", None: ""}[row.passed])
+    console.print(table)
+    console.print(f"Checks that failed: {failed}." if failed else "All checks passed.")
+    return 1 if failed else 0
 
 
 def _console() -> Console:
