@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from torchnewton.curvature.cost_model import gram_by_pairs, gram_by_rows
+from torchnewton.curvature.groups import output_groups
 from torchnewton.curvature.layer_jacobian import LayerJacobian
-from torchnewton.curvature.layer_jacobian.factors import Factor
+from torchnewton.curvature.layer_jacobian.factors import Factor, Factors
 from torchnewton.curvature.layer_jacobian.layers import Paired
 from torchnewton.curvature.output_root import output_root
 from torchnewton.record import NotPerSampleError
@@ -30,6 +31,10 @@ class WeightedRows(ABC):
     @abstractmethod
     def adjoint(self, w: Tensor) -> Vector:
         """Rᵀw."""
+
+    def preimage(self, b: Sequence[Tensor]) -> Tensor | None:
+        """y with Rᵀy = b, where one is known without a solve."""
+        return None
 
     @abstractmethod
     def gram(self, dtype: torch.dtype) -> Tensor:
@@ -75,40 +80,50 @@ class LayerRows(WeightedRows):
     `chunk_bytes`. A parameter used in several calls goes by rows.
 
     Cost: RRᵀ n²·ΣO operations for linear layers with O outputs, at most n²P; see `cost_model.gram_flops`.
-    Raises `NotPerSampleError` unless all parameters are explicit and B is positive semidefinite.
+    Parameters in no explicit layer count in the products; the Gram matrix and the rows need all of them to be explicit
+    and raise `NotPerSampleError` otherwise. So does the constructor where B mixes samples or is not positive
+    semidefinite.
     Source: the identity is that of Dangel, Tatzel, Hennig, "ViViT", arXiv 2106.02624, section 3.
     """
 
     def __init__(self, jacobian: LayerJacobian, chunk_bytes: float = 256e6) -> None:
         self.tape = jacobian.tape
-        self.jacobian = jacobian
+        if any(z.dim() == 0 for z in self.tape.outputs):
+            raise NotPerSampleError("an output has no sample dimension")
         self.chunk_bytes = chunk_bytes
-        self.groups = jacobian.factors.groups
-        if len(jacobian.factors.covered) < len(self.tape.params):
-            raise NotPerSampleError("some parameters are used in calls without explicit factors")
+        self.groups = output_groups(self.tape)
         self.roots = [output_root(self.tape.terms[group.term], group) for group in self.groups]
         self.sizes = [group.num_samples * root.width for group, root in zip(self.groups, self.roots, strict=True)]
         self.num_rows = sum(self.sizes)
+        self.factors = Factors(self.tape, *jacobian.explicit, jacobian.max_bytes, self.roots)
 
     def product(self, v: Sequence[Tensor]) -> Tensor:
         """See `WeightedRows.product`."""
-        u = self.jacobian.apply(v)
-        parts = [
-            root.weigh(group.join(self.tape.of_term(u, group.term)).unsqueeze(2)).reshape(-1)
-            for group, root in zip(self.groups, self.roots, strict=True)
-        ]
-        return torch.cat(parts)
+        return torch.cat([part.reshape(-1) for part in self.factors.product(v)])
 
     def adjoint(self, w: Tensor) -> Vector:
         """See `WeightedRows.adjoint`."""
-        u = [torch.zeros_like(z, memory_format=torch.contiguous_format) for z in self.tape.outputs]
-        for group, root, part in zip(self.groups, self.roots, w.split(self.sizes), strict=True):
-            joined = root.spread(part.view(group.num_samples, -1).to(u[0].dtype))
-            group.add(joined, self.tape.of_term(u, group.term))
-        return self.jacobian.adjoint(u)
+        w = w.to(self.tape.params[0].dtype)
+        parts = zip(self.groups, w.split(self.sizes), strict=True)
+        return self.factors.adjoint([part.view(group.num_samples, -1) for group, part in parts])
+
+    def preimage(self, b: Sequence[Tensor]) -> Tensor | None:
+        """−R⁺s for b = −∇f = −Jᵀs, s the slope of the loss at the outputs."""
+        entries = list(zip(b, self.tape.descent, strict=True))
+        if self.tape.has_rest or not all(x is d or torch.equal(x, d) for x, d in entries):
+            return None
+        parts = []
+        for group, root in zip(self.groups, self.roots, strict=True):
+            s = group.join(self.tape.terms[group.term].cotangents).detach()
+            y = root.solve(s)
+            if not bool((root.spread(y) - s).norm() <= 1e-5 * s.norm()):  # NaN where R has lost a column to rounding
+                return None
+            parts.append(-y.reshape(-1))
+        return torch.cat(parts)
 
     def gram(self, dtype: torch.dtype) -> Tensor:
         """See `WeightedRows.gram`."""
+        self._require_all()
         total = torch.zeros(self.num_rows, self.num_rows, dtype=dtype, device=self.tape.params[0].device)
         for component in self._components:
             if len(component) > 1:
@@ -131,14 +146,19 @@ class LayerRows(WeightedRows):
 
     def rows(self) -> Tensor:
         """See `WeightedRows.rows`."""
+        self._require_all()
         params = self.tape.params
-        return self._rows_of(self.jacobian.factors.factors, range(len(params)), params[0].dtype)
+        return self._rows_of(self.factors.factors, range(len(params)), params[0].dtype)
+
+    def _require_all(self) -> None:
+        if not self.factors.is_complete:
+            raise NotPerSampleError("some parameters are used in calls without explicit factors")
 
     @cached_property
     def _components(self) -> list[list[Factor]]:
         """The factors, those that share parameters together."""
         found: list[list[Factor]] = []
-        for factor in self.jacobian.factors.factors:
+        for factor in self.factors.factors:
             touching = [c for c in found if any(set(f.layer.positions) & set(factor.layer.positions) for f in c)]
             merged = [f for c in touching for f in c] + [factor]
             found = [c for c in found if c not in touching] + [merged]
@@ -149,7 +169,7 @@ class LayerRows(WeightedRows):
 
     def _cotangents(self, factor: Factor) -> Tensor:
         """Rows of B^½ ∂z/∂s: N × r × shape of a sample of s."""
-        return factor.at_output(self.roots[factor.group].weigh(factor.cotangents.dense()))
+        return factor.at_output(factor.cotangents.dense())
 
     def _by_pairs(self, layer: Paired, cotangents: Tensor) -> Tensor:
         """Σ over pairs of places (l, k) of (aₗ·aₖ)(Dₗ·Dₖ)."""

@@ -10,9 +10,8 @@ from torch import Tensor
 
 from torchnewton.costs import Costs
 from torchnewton.curvature.cost_model import gauss_newton_costs
-from torchnewton.curvature.dense import dense_from_rows
-from torchnewton.curvature.factor import WeightedRows
-from torchnewton.curvature.gram import weighted_rows
+from torchnewton.curvature.dense import dense_from_rows, replayed_rows
+from torchnewton.curvature.factor import LayerRows, WeightedRows
 from torchnewton.curvature.jacobian import Jacobian
 from torchnewton.curvature.layer_jacobian import LayerJacobian
 from torchnewton.curvature.operator import LinearOperator
@@ -45,10 +44,13 @@ class GaussNewton(LinearOperator):
         self.tape = tape
         self.jacobian = Jacobian(tape) if jacobian is None else jacobian
         self.per_sample = per_sample
-        self._chooses = jacobian is None
+        self._chooses = jacobian is None and per_sample
+        self._uses_factors = isinstance(jacobian, LayerJacobian)
 
     def apply(self, v: Sequence[Tensor]) -> Vector:
-        """J'(B(Jv))."""
+        """J'(B(Jv)), by layer factors Rᵀ(Rv)."""
+        if self._uses_factors and self._factors is not None:
+            return self._factors.adjoint(self._factors.product(v))
         u = self.jacobian.apply(v)
         weighted: Vector = []
         for number, term in enumerate(self.tape.terms):
@@ -57,10 +59,20 @@ class GaussNewton(LinearOperator):
 
     @cached_property
     def _explicit(self) -> LayerJacobian | None:
-        """The layer factors, where they may be used."""
+        """The explicit layers, where they may be used."""
         if isinstance(self.jacobian, LayerJacobian):
             return self.jacobian
-        return LayerJacobian(self.tape) if self._chooses and self.per_sample else None
+        return LayerJacobian(self.tape) if self._chooses else None
+
+    @cached_property
+    def _factors(self) -> LayerRows | None:
+        """R = B^½J by layer factors; None where B has no root by sample."""
+        if self._explicit is None or not self.is_positive_semidefinite:
+            return None
+        try:
+            return LayerRows(self._explicit)
+        except NotPerSampleError:
+            return None
 
     def costs(self, num_products: int = 1) -> Costs:
         """See `torchnewton.curvature.cost_model`."""
@@ -68,12 +80,15 @@ class GaussNewton(LinearOperator):
 
     def expect(self, num_products: int) -> None:
         """Take layer factors if they pay for that many products."""
-        if self._chooses and self._explicit is not None and self.costs(num_products).setup > 0:
-            self.jacobian = self._explicit
+        if self._chooses and not self._uses_factors and self._explicit is not None:
+            self._uses_factors = self.costs(num_products).setup > 0
 
     @property
     def path(self) -> str:
         """How products are made."""
+        if self._uses_factors and self._factors is not None and self._explicit is not None:
+            covered = self._explicit.share_of(self._factors.factors.covered)
+            return f"explicit layer factors for {covered:.0%} of the parameters"
         return self.jacobian.path
 
     @cached_property
@@ -81,8 +96,10 @@ class GaussNewton(LinearOperator):
         """R with G = RᵀR, by layer factors or else by a replay of the closure with parameters per sample."""
         if not (self.per_sample and self.is_positive_semidefinite):
             return None
+        if self._factors is not None and self._factors.factors.is_complete:
+            return self._factors
         try:
-            return weighted_rows(self.tape, self._explicit)
+            return replayed_rows(self.tape)
         except NotPerSampleError:
             return None
 

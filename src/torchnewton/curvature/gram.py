@@ -23,7 +23,9 @@ def weighted_rows(tape: Tape, jacobian: LayerJacobian | None = None) -> Weighted
     jacobian = LayerJacobian(tape) if jacobian is None else jacobian
     if jacobian.expected_coverage == 1:
         try:
-            return LayerRows(jacobian)
+            rows = LayerRows(jacobian)
+            if rows.factors.is_complete:
+                return rows
         except NotPerSampleError:
             pass
     return replayed_rows(tape)

@@ -16,9 +16,13 @@ Product = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class OutputRoot:
-    """R with B = RRᵀ for every sample: `values` is N × M (R diagonal) or N × M × r."""
+    """R with B = RRᵀ for every sample: `values` is N × M (R diagonal) or N × M × r.
+
+    `inverse`, where given, is R⁺ as N × r × M.
+    """
 
     values: Tensor
+    inverse: Tensor | None = None
 
     @property
     def width(self) -> int:
@@ -30,6 +34,14 @@ class OutputRoot:
         if self.values.dim() == 2:
             return self.values.unsqueeze(2).to(rows.dtype) * rows
         return torch.bmm(self.values.mT.to(rows.dtype), rows)
+
+    def solve(self, s: Tensor) -> Tensor:
+        """R⁺s, N × r, for s N × M; NaN where it is not known."""
+        if self.values.dim() == 2:
+            return torch.where(s == 0, 0.0, s / self.values)
+        if self.inverse is None:
+            return s.new_full((len(s), self.width), float("nan"))
+        return torch.bmm(self.inverse, s.unsqueeze(2)).squeeze(2)
 
     def spread(self, w: Tensor) -> Tensor:
         """R · w, N × M, for w N × r."""
@@ -63,7 +75,7 @@ def output_root(term: Term, group: OutputGroup) -> OutputRoot:
     if root is None and len(group.members) == 1:
         shape = term.outputs[group.members[0]].shape
         for dim in {1, len(shape) - 1} if len(shape) > 1 else ():
-            root = root or _softmax(z.view(shape), dim, probe, curved)
+            root = root or _softmax(product, z.view(shape), dim, probe, curved)
     return root or _general(product, probe, curved)
 
 
@@ -74,15 +86,24 @@ def _diagonal(product: Product, probe: Tensor, curved: Tensor) -> OutputRoot | N
     return OutputRoot(_nonnegative(diagonal, diagonal.abs().amax()).sqrt())
 
 
-def _softmax(z: Tensor, dim: int, probe: Tensor, curved: Tensor) -> OutputRoot | None:
+def _softmax(product: Product, z: Tensor, dim: int, probe: Tensor, curved: Tensor) -> OutputRoot | None:
     """With classes in dimension `dim`; the dimensions between samples and classes are places with a B each."""
     n, classes = z.shape[0], z.shape[dim]
     p = z.softmax(dim).movedim(dim, -1)
-    u, bu = (x.view(z.shape).movedim(dim, -1) for x in (probe, curved))
-    unit = p * u - p * (p * u).sum(-1, keepdim=True)
-    tiny = torch.finfo(z.dtype).tiny
-    alpha = (unit * bu).sum(-1, keepdim=True) / (unit * unit).sum(-1, keepdim=True).clamp(min=tiny)
-    if not _close(alpha * unit, bu):
+
+    def moved(x: Tensor) -> Tensor:
+        return x.reshape(z.shape).movedim(dim, -1)
+
+    def unit_product(u: Tensor) -> Tensor:
+        return p * u - p * (p * u).sum(-1, keepdim=True)
+
+    # zero at the most probable class: no cancellation where a sample is fitted and B all but vanishes
+    rest = torch.ones_like(p).scatter(-1, p.argmax(-1, keepdim=True), 0.0)
+    unit, found = unit_product(rest), moved(product(rest.movedim(-1, dim).reshape(n, -1)))
+    alpha = (unit * found).sum(-1, keepdim=True) / (unit * unit).sum(-1, keepdim=True)
+    alpha = torch.where(unit.abs().amax(-1, keepdim=True) > torch.finfo(z.dtype).tiny ** 0.5, alpha, 0.0)
+    u = moved(probe)
+    if not _close(alpha * unit_product(u), moved(curved), alpha * p * u):
         return None
     q = (_nonnegative(alpha, alpha.abs().amax()) * p).sqrt()
     w = p.sqrt()
@@ -93,7 +114,8 @@ def _softmax(z: Tensor, dim: int, probe: Tensor, curved: Tensor) -> OutputRoot |
     root = (q.unsqueeze(-1) * Q).reshape(n, -1, classes, classes - 1)
     places = root.shape[1]
     if places == 1:
-        return OutputRoot(root.squeeze(1))
+        inverse = Q.mT / q.unsqueeze(-2)  # for s with Σs = 0, since R's range is that of B
+        return OutputRoot(root.squeeze(1), torch.where(q.unsqueeze(-2) == 0, 0.0, inverse))
     full = torch.diag_embed(root.permute(0, 2, 3, 1))  # n × classes × (classes − 1) × places × places
     order = (0, 1, 3, 2, 4) if dim == 1 else (0, 3, 1, 2, 4)
     return OutputRoot(full.permute(order).reshape(n, classes * places, (classes - 1) * places))
@@ -120,5 +142,7 @@ def _nonnegative(values: Tensor, scale: Tensor) -> Tensor:
     return values.clamp(min=0)
 
 
-def _close(found: Tensor, expected: Tensor) -> bool:
-    return bool((found - expected).norm() <= torch.finfo(found.dtype).eps ** 0.65 * expected.norm())
+def _close(found: Tensor, expected: Tensor, scale: Tensor | None = None) -> bool:
+    """Whether the two agree to rounding, relative to `scale` or to the second."""
+    size = (expected if scale is None else scale).norm()
+    return bool((found - expected).norm() <= torch.finfo(found.dtype).eps ** 0.65 * size)

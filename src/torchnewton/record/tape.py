@@ -56,12 +56,16 @@ class Tape:
     @cached_property
     def gradient(self) -> list[Tensor]:
         """∇f, detached, zeros for unused parameters."""
-        total = [torch.zeros_like(p) for p in self.params]
-        for term in self.terms:
-            for t, g in zip(total, term.gradient, strict=True):
-                if g is not None:
-                    t += g.detach()
+        total = []
+        for p, *parts in zip(self.params, *(term.gradient for term in self.terms), strict=True):
+            found = [g.detach() for g in parts if g is not None]
+            total.append(sum(found[1:], found[0]) if found else torch.zeros_like(p))
         return total
+
+    @cached_property
+    def descent(self) -> list[Tensor]:
+        """−∇f."""
+        return [-g for g in self.gradient]
 
     @property
     def pieces(self) -> list[Piece]:

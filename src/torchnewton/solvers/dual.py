@@ -13,7 +13,7 @@ from torch import Tensor
 
 from torchnewton.costs import StatesCosts, cholesky_flops
 from torchnewton.solvers.result import Operator, SolveResult, Status
-from torchnewton.vectors import Vector, add, norm, scale, zeros_like
+from torchnewton.vectors import Vector, add, norm, zeros_like
 
 _EIGENDECOMPOSITION = 27  # Cholesky factorizations that take as long as one eigendecomposition, by operations
 _SMALL = 1e9  # n²P up to which the Gram matrix is computed in float64 at once
@@ -39,6 +39,10 @@ class Rows(Protocol):
         """RRᵀ."""
         ...
 
+    def preimage(self, b: Sequence[Tensor], /) -> Tensor | None:
+        """y with Rᵀy = b, where one is known without a solve."""
+        ...
+
 
 @runtime_checkable
 class Factored(Protocol):
@@ -53,7 +57,8 @@ class Factored(Protocol):
 class Dual:
     """Solves (RᵀR + σI)x = b with few rows n in R and σ > 0 by a factorization of n×n in float64.
 
-        x = (b − Rᵀ(RRᵀ + σI)⁻¹Rb) / σ
+        x = Rᵀ(RRᵀ + σI)⁻¹y          where b = Rᵀy with a known y, as for the gradient
+        x = (b − Rᵀ(RRᵀ + σI)⁻¹Rb) / σ   otherwise
 
     The Gram matrix RRᵀ is formed in the precision of b, in float64 where it is small or σ < 1e-6·‖RRᵀ‖; its rounding
     is mended by at most `max_refinements` steps x ← x + A⁻¹(b − Ax) until ‖b − Ax‖ ≤ `rtol`·‖b‖. `SolveResult.shifted`
@@ -95,12 +100,16 @@ class Dual:
 
         def approximate(rhs: Vector) -> Vector:
             inner = inverse(gram.R.product(rhs).double())
-            return scale(add(rhs, gram.R.adjoint(inner), -1.0), 1 / shift)
+            return [x.sub_(r).div_(-shift) for x, r in zip(gram.R.adjoint(inner), rhs, strict=True)]
 
         def residual_of(x: Vector) -> Vector:
-            return add(add(b, x, -shift), gram.R.adjoint(gram.R.product(x)), -1.0)
+            return [
+                r.add_(d, alpha=shift).neg_().add_(c)
+                for r, d, c in zip(gram.R.adjoint(gram.R.product(x)), x, b, strict=True)
+            ]
 
-        x = approximate(b)
+        y = gram.R.preimage(b)
+        x = approximate(b) if y is None else gram.R.adjoint(inverse(y.double()))
         residual, tolerance = residual_of(x), self.rtol * norm(b)
         refinements = 0
         while refinements < self.max_refinements and norm(residual) > tolerance:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from torchnewton.solvers.iteration import accepted, combine, initial_residual, product
 from torchnewton.solvers.result import Operator, SolveResult, Status
-from torchnewton.vectors import Vector, add, add_, dot, norm, scale, zeros_like
+from torchnewton.vectors import Vector, add, add_, dot, norm, num_entries, scale, zeros_like
 
 
 @dataclass(frozen=True)
@@ -77,33 +77,17 @@ class Lanczos:
 
     def tridiagonalize(self, A: Operator, start: Sequence[Tensor]) -> LanczosResult:
         """T and V of the Krylov space of `start`; empty for a start that is zero or not finite."""
-        alpha: list[float] = []
-        beta: list[float] = []
-        basis: list[Vector] = []
-        length, largest = norm(start), 0.0
-        finite = math.isfinite(length)
-        v = scale(start, 1.0 / length) if finite and length > 0 else zeros_like(start)
-        while finite and length > 0 and len(basis) < self.num_iterations:
-            w = product(A, v)
-            a = dot(v, w)
-            w = add(w, v, -a)
-            if basis:
-                add_(w, basis[-1], -beta[-1])
-            for u in 2 * [*basis, v] if self.reorthogonalize else []:
-                add_(w, u, -dot(u, w))
-            length = norm(w)
-            finite = math.isfinite(a) and math.isfinite(length)
-            if not finite:
-                break
-            largest = max(largest, abs(a) + length + (beta[-1] if beta else 0.0))
-            if length <= (len(basis) + 1) * torch.finfo(v[0].dtype).eps * largest:
-                length = 0.0
-            alpha.append(a)
-            beta.append(length)
-            basis.append(v)
-            v = scale(w, 1.0 / length) if length > 0 else zeros_like(w)
-        T = (torch.tensor(alpha, dtype=torch.float64), torch.tensor(beta, dtype=torch.float64))
-        return LanczosResult(*T, basis, v, finite)
+        return self.tridiagonalize_each(lambda vs: [product(A, v) for v in vs], [start])[0]
+
+    def tridiagonalize_each(
+        self, multiply: Callable[[list[Vector]], list[Vector]], starts: Sequence[Sequence[Tensor]]
+    ) -> list[LanczosResult]:
+        """Those of several starts, one product of each at a time, for operators that multiply many vectors in one go."""
+        processes = [_Process(self, start) for start in starts]
+        while waiting := [p for p in processes if p.is_running]:
+            for p, w in zip(waiting, multiply([p.v for p in waiting]), strict=True):
+                p.take(w)
+        return [p.result() for p in processes]
 
     def eigenvalues(
         self, A: Operator, like: Sequence[Tensor], k: int = 1, generator: torch.Generator | None = None
@@ -157,6 +141,76 @@ class Lanczos:
             products = 0 if i else len(found.basis) + (x0 is not None)
             results.append(SolveResult(x, r, norm(r), status, len(found.basis), products, negative, "Lanczos"))
         return results
+
+
+class _Process:
+    """The process from one start; it waits for the product with `v`."""
+
+    def __init__(self, lanczos: Lanczos, start: Sequence[Tensor]) -> None:
+        self.limit, self.reorthogonalize = lanczos.num_iterations, lanczos.reorthogonalize
+        self.alpha: list[float] = []
+        self.beta: list[float] = []
+        self.basis: list[Vector] = []
+        self.rows = Rows(start, min(self.limit, num_entries(start))) if self.reorthogonalize else None
+        self.length, self.largest = norm(start), 0.0
+        self.finite = math.isfinite(self.length)
+        self.v = scale(start, 1.0 / self.length) if self.finite and self.length > 0 else zeros_like(start)
+
+    @property
+    def is_running(self) -> bool:
+        """Whether there is a next step."""
+        return self.finite and self.length > 0 and len(self.basis) < self.limit
+
+    def take(self, w: Vector) -> None:
+        """One step with w = Av; a step that is not finite is dropped."""
+        a = dot(self.v, w)
+        w = add(w, self.v, -a)
+        if self.basis:
+            add_(w, self.basis[-1], -self.beta[-1])
+        v = self.v
+        if self.rows is not None:
+            v = self.rows.append(v)
+            for _ in range(2):  # twice is enough
+                self.rows.remove_from(w)
+        length = norm(w)
+        self.finite = math.isfinite(a) and math.isfinite(length)
+        if not self.finite:
+            return
+        self.largest = max(self.largest, abs(a) + length + (self.beta[-1] if self.beta else 0.0))
+        if length <= (len(self.basis) + 1) * torch.finfo(w[0].dtype).eps * self.largest:
+            length = 0.0
+        self.alpha.append(a)
+        self.beta.append(length)
+        self.basis.append(v)
+        self.length, self.v = length, scale(w, 1.0 / length) if length > 0 else zeros_like(w)
+
+    def result(self) -> LanczosResult:
+        """What was found."""
+        T = (torch.tensor(self.alpha, dtype=torch.float64), torch.tensor(self.beta, dtype=torch.float64))
+        return LanczosResult(*T, self.basis, self.v, self.finite)
+
+
+class Rows:
+    """Vectors stored as the rows of one matrix for each tensor, so that a projection is two products with each."""
+
+    def __init__(self, like: Sequence[Tensor], limit: int) -> None:
+        self.parts = [x.new_empty(limit, x.numel()) for x in like]
+        self.size = 0
+
+    def append(self, v: Sequence[Tensor]) -> Vector:
+        """The stored copy of v."""
+        rows = [part[self.size] for part in self.parts]
+        for row, x in zip(rows, v, strict=True):
+            row.copy_(x.reshape(-1))
+        self.size += 1
+        return [row.view(x.shape) for row, x in zip(rows, v, strict=True)]
+
+    def remove_from(self, w: Vector) -> None:
+        """w ← w − RᵀRw."""
+        parts = [part[: self.size] for part in self.parts]
+        c = torch.stack([part @ x.reshape(-1) for part, x in zip(parts, w, strict=True)]).sum(0)
+        for part, x in zip(parts, w, strict=True):
+            x -= (c @ part).view(x.shape)
 
 
 class _System:

@@ -63,7 +63,7 @@ def _shared(values: Tensor) -> SharedCotangents | None:
     n, m, size = values.shape
     generator = torch.Generator(device=values.device).manual_seed(0)
     mix, t, u = (
-        torch.randn(shape, generator=generator, dtype=values.dtype, device=values.device)
+        torch.rand(shape, generator=generator, dtype=values.dtype, device=values.device)
         for shape in ((1, m), (n, size), (n, m))
     )
     dense = Cotangents(values)

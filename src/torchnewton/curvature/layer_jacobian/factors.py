@@ -12,13 +12,15 @@ from torchnewton.curvature.groups import OutputGroup, output_groups
 from torchnewton.curvature.layer_jacobian.cotangents import Cotangents, SharedCotangents, stored
 from torchnewton.curvature.layer_jacobian.cut import Cut, Users, find_cut
 from torchnewton.curvature.layer_jacobian.layers import Layer, layer_of
+from torchnewton.curvature.output_root import OutputRoot
 from torchnewton.record import Tape, Term
 from torchnewton.record.graph import edge_of, grad
+from torchnewton.vectors import Vector, add_
 
 
 @dataclass(frozen=True)
 class Factor:
-    """What one layer call contributes to the rows of one output group, by D = ∂z/∂t at its cut."""
+    """What one layer call contributes to the rows of one output group: D = ∂z/∂t at its cut, or RᵀD."""
 
     layer: Layer
     cut: Cut
@@ -26,7 +28,7 @@ class Factor:
     cotangents: Cotangents | SharedCotangents
 
     def product(self, s: Tensor) -> Tensor:
-        """D · s, N × M."""
+        """D · s, N × width."""
         return self.cotangents.product(self.cut.select(s).view(self.layer.num_samples, -1))
 
     def adjoint(self, u: Tensor) -> Tensor:
@@ -43,34 +45,96 @@ class Factor:
         return torch.stack(columns, dim=1).view(n, m, *shape[1:])
 
 
-@dataclass(frozen=True)
 class Factors:
-    """All factors of a tape, and the positions of the parameters whose whole Jacobian they make up."""
+    """All factors of a tape: products with J, or with R = B^½J where the roots of the output Hessians are given.
 
-    groups: list[OutputGroup]
-    factors: list[Factor]
-    covered: set[int]
-
-
-def factorize(tape: Tape, layers: Sequence[Layer], covered: set[int], max_bytes: float) -> Factors:
-    """The factors of as many of `layers` as fit into `max_bytes`, those first that save most for their size.
+    `covered` are the positions of the parameters whose whole Jacobian the factors make up: those of `layers` that fit
+    into `max_bytes`, taken in the order of what they save for their size, and that keep samples apart. All others go
+    by kept double backward.
 
     Cost: a backward pass without the parameters' share (a third of a gradient) for each of the M numbers a sample has
-    in the outputs, and one with random cotangents, which shows where samples are mixed.
+    in the outputs (for R each column of its root), and one with random cotangents, which shows where samples are mixed.
     """
-    groups = output_groups(tape)
-    if any(z.dim() == 0 for z in tape.outputs):
-        return Factors(groups, [], set())
-    users = Users(edge for term in tape.terms for edge in term.edges)
-    cuts, left_out = _cuts(tape, layers, groups, users, max_bytes)
-    lost = {position for layer in left_out for position in layer.positions}
-    factors = []
-    for number, group in enumerate(groups):
-        found, mixing = _of_group(tape.terms[group.term], group, number, cuts)
-        factors += found
-        lost |= {position for layer in mixing for position in layer.positions}
-    covered = covered - lost
-    return Factors(groups, [f for f in factors if covered & set(f.layer.positions)], covered)
+
+    def __init__(
+        self,
+        tape: Tape,
+        layers: Sequence[Layer],
+        covered: set[int],
+        max_bytes: float,
+        roots: Sequence[OutputRoot] | None = None,
+    ) -> None:
+        self.tape = tape
+        self.groups = output_groups(tape)
+        self.roots = roots
+        self.factors: list[Factor] = []
+        self.covered: set[int] = set()
+        if any(z.dim() == 0 for z in tape.outputs):
+            return
+        users = Users(edge for term in tape.terms for edge in term.edges)
+        cuts, left_out = _cuts(tape, layers, self.groups, users, max_bytes)
+        lost = {position for layer in left_out for position in layer.positions}
+        found: list[Factor] = []
+        for number, group in enumerate(self.groups):
+            root = None if roots is None else roots[number]
+            factors, mixing = _of_group(tape.terms[group.term], group, number, root, cuts)
+            found += factors
+            lost |= {position for layer in mixing for position in layer.positions}
+        self.covered = covered - lost
+        self.factors = [f for f in found if self.covered & set(f.layer.positions)]
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all parameters are covered."""
+        return len(self.covered) == len(self.tape.params)
+
+    def product(self, v: Sequence[Tensor]) -> list[Tensor]:
+        """Jv or Rv, N × width for each group."""
+        found: list[Tensor | None] = [None] * len(self.groups)
+        if not self.is_complete:
+            u = [y for term in self.tape.terms for y in term.jacobian_product(self._rest(v))]
+            for i, group in enumerate(self.groups):
+                joined = group.join(self.tape.of_term(u, group.term))
+                found[i] = joined if self.roots is None else self.roots[i].weigh(joined.unsqueeze(2)).squeeze(2)
+        chosen = {i: w if i in self.covered else torch.zeros_like(w) for i, w in enumerate(v)}
+        moved: dict[Layer, Tensor] = {}
+        for factor in self.factors:
+            if factor.layer not in moved:
+                moved[factor.layer] = factor.layer.product(chosen)
+            part, before = factor.product(moved[factor.layer]), found[factor.group]
+            found[factor.group] = part if before is None else before + part
+        return [self._zeros(i) if part is None else part for i, part in enumerate(found)]
+
+    def adjoint(self, w: Sequence[Tensor]) -> Vector:
+        """Jᵀw or Rᵀw."""
+        deltas: dict[Layer, Tensor] = {}
+        for factor in self.factors:
+            delta = factor.adjoint(w[factor.group])
+            deltas[factor.layer] = deltas[factor.layer] + delta if factor.layer in deltas else delta
+        total: dict[int, Tensor] = {}
+        for layer, delta in deltas.items():
+            for position, g in layer.adjoint(delta):
+                if position in self.covered:
+                    total[position] = total[position] + g if position in total else g
+        params = self.tape.params
+        found = [total[i].view_as(p) if i in total else torch.zeros_like(p) for i, p in enumerate(params)]
+        if not self.is_complete:
+            u = [torch.zeros_like(z, memory_format=torch.contiguous_format) for z in self.tape.outputs]
+            for i, group in enumerate(self.groups):
+                joined = w[i] if self.roots is None else self.roots[i].spread(w[i])
+                group.add(joined, self.tape.of_term(u, group.term))
+            for number, term in enumerate(self.tape.terms):
+                add_(found, term.jacobian_adjoint(self.tape.of_term(u, number), self._rest(params)))
+        return found
+
+    def _rest(self, v: Sequence[Tensor]) -> list[Tensor | None]:
+        return [None if i in self.covered else w for i, w in enumerate(v)]
+
+    def _zeros(self, number: int) -> Tensor:
+        group = self.groups[number]
+        width = group.width if self.roots is None else self.roots[number].width
+        like = self.tape.terms[group.term].outputs[group.members[0]]
+        return torch.zeros(group.num_samples, width, dtype=like.dtype, device=like.device)
 
 
 def explicit_layers(tape: Tape) -> tuple[list[Layer], set[int]]:
@@ -111,28 +175,29 @@ def _cuts(
     return cuts, left_out
 
 
-def _of_group(term: Term, group: OutputGroup, number: int, cuts: dict[Layer, Cut]) -> tuple[list[Factor], list[Layer]]:
+def _of_group(
+    term: Term, group: OutputGroup, number: int, root: OutputRoot | None, cuts: dict[Layer, Cut]
+) -> tuple[list[Factor], list[Layer]]:
     """The factors of one group of outputs, and the layers in which its samples are not apart."""
     edges = [cut.edge for cut in cuts.values()]
     outputs = [term.edges[i] for i in group.members]
 
-    def pull(u: Tensor) -> list[Tensor | None]:
+    def pull(w: Tensor) -> list[Tensor | None]:
         parts = [torch.zeros_like(z, memory_format=torch.contiguous_format) for z in term.outputs]
-        group.add(u, parts)
+        group.add(w if root is None else root.spread(w), parts)
         return grad(outputs, edges, [parts[i] for i in group.members])
 
     like = term.outputs[group.members[0]]
     generator = torch.Generator(device=like.device).manual_seed(0)
-    shape = (group.num_samples, group.width)
-    u = torch.randn(shape, generator=generator, dtype=like.dtype, device=like.device)
-    expected = pull(u)
-    reached = {i: e for i, e in enumerate(expected) if e is not None}
+    width = group.width if root is None else root.width
+    w = torch.randn(group.num_samples, width, generator=generator, dtype=like.dtype, device=like.device)
     places = list(cuts.items())
+    reached = {i: e for i, e in enumerate(pull(w)) if e is not None}
     mixing = [places[i][0] for i in reached if places[i][0].num_samples != group.num_samples]
     mine = {i: e for i, e in reached.items() if places[i][0].num_samples == group.num_samples}
-    cotangents = {i: e.new_empty(group.num_samples, group.width, e[0].numel()) for i, e in mine.items()}
-    for column in range(group.width if mine else 0):
-        unit = torch.zeros_like(u)
+    cotangents = {i: e.new_empty(group.num_samples, width, e[0].numel()) for i, e in mine.items()}
+    for column in range(width if mine else 0):
+        unit = torch.zeros_like(w)
         unit[:, column] = 1
         found = pull(unit)
         for i, D in cotangents.items():
@@ -141,9 +206,8 @@ def _of_group(term: Term, group: OutputGroup, number: int, cuts: dict[Layer, Cut
     factors = []
     for i, D in cotangents.items():
         layer, cut = places[i]
-        combined = torch.bmm(u.to(D.dtype).unsqueeze(1), D).flatten()
-        wanted = mine[i].reshape(-1)
-        if not bool((combined - wanted).norm() <= torch.finfo(D.dtype).eps ** 0.5 * wanted.norm()):
+        difference = torch.bmm(w.to(D.dtype).unsqueeze(1), D).flatten() - mine[i].reshape(-1)
+        if not bool(difference.norm() <= torch.finfo(D.dtype).eps ** 0.5 * mine[i].norm()):
             mixing.append(layer)
             continue
         if cut.weight is not None:

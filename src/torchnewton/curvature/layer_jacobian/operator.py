@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from torchnewton.curvature.jacobian import Jacobian
-from torchnewton.curvature.layer_jacobian.factors import Factors, explicit_layers, factorize
+from torchnewton.curvature.layer_jacobian.factors import Factors, explicit_layers
 from torchnewton.curvature.layer_jacobian.layers import Layer
 from torchnewton.record import Tape
-from torchnewton.vectors import Vector, add_, num_entries
+from torchnewton.vectors import Vector, num_entries
 
 
 class LayerJacobian(Jacobian):
@@ -38,30 +38,32 @@ class LayerJacobian(Jacobian):
         self.max_bytes = max_bytes
 
     @cached_property
-    def _explicit(self) -> tuple[list[Layer], set[int]]:
+    def explicit(self) -> tuple[list[Layer], set[int]]:
+        """The layers that have a rule, and the positions of parameters that enter the outputs only there."""
         return explicit_layers(self.tape)
 
     @property
     def layers(self) -> list[Layer]:
-        """The layers that have a rule and whose parameters enter the outputs in such layers only."""
-        return self._explicit[0]
+        """The layers that have a rule."""
+        return self.explicit[0]
 
     @property
     def expected_coverage(self) -> float:
         """The share of the parameters that these layers make up: `coverage`, unless samples turn out to be mixed."""
-        return self._share(self._explicit[1])
+        return self.share_of(self.explicit[1])
 
     @cached_property
     def factors(self) -> Factors:
         """The layers' factors; the work of the first product."""
-        return factorize(self.tape, *self._explicit, self.max_bytes)
+        return Factors(self.tape, *self.explicit, self.max_bytes)
 
     @property
     def coverage(self) -> float:
         """The share of the parameters that are explicit, from 0 to 1."""
-        return self._share(self.factors.covered)
+        return self.share_of(self.factors.covered)
 
-    def _share(self, covered: set[int]) -> float:
+    def share_of(self, covered: set[int]) -> float:
+        """The share of the parameters at these positions."""
         chosen = [p for i, p in enumerate(self.tape.params) if i in covered]
         return num_entries(chosen) / max(num_entries(self.tape.params), 1)
 
@@ -72,36 +74,15 @@ class LayerJacobian(Jacobian):
 
     def apply(self, v: Sequence[Tensor]) -> Vector:
         """Jv."""
-        covered, groups = self.factors.covered, self.factors.groups
-        u = [y for term in self.tape.terms for y in term.jacobian_product(self._rest(v))]
-        chosen = {i: w if i in covered else torch.zeros_like(w) for i, w in enumerate(v)}
-        moved: dict[Layer, Tensor] = {}
-        for factor in self.factors.factors:
-            layer, group = factor.layer, groups[factor.group]
-            if layer not in moved:
-                moved[layer] = layer.product(chosen)
-            group.add(factor.product(moved[layer]), self.tape.of_term(u, group.term))
+        if not self.factors.covered:
+            return super().apply(v)
+        u = [torch.zeros_like(z, memory_format=torch.contiguous_format) for z in self.tape.outputs]
+        for group, part in zip(self.factors.groups, self.factors.product(v), strict=True):
+            group.add(part, self.tape.of_term(u, group.term))
         return u
 
     def adjoint(self, u: Sequence[Tensor]) -> Vector:
         """Jᵀu."""
-        covered, groups = self.factors.covered, self.factors.groups
-        deltas: dict[Layer, Tensor] = {}
-        for factor in self.factors.factors:
-            joined = groups[factor.group].join(self.tape.of_term(u, groups[factor.group].term))
-            delta = factor.adjoint(joined)
-            deltas[factor.layer] = deltas[factor.layer] + delta if factor.layer in deltas else delta
-        total: dict[int, Tensor] = {}
-        for layer, delta in deltas.items():
-            for position, g in layer.adjoint(delta):
-                if position in covered:
-                    total[position] = total[position] + g if position in total else g
-        found = [total[i].view_as(p) if i in total else torch.zeros_like(p) for i, p in enumerate(self.tape.params)]
-        if len(covered) < len(found):
-            for number, term in enumerate(self.tape.terms):
-                add_(found, term.jacobian_adjoint(self.tape.of_term(u, number), self._rest(self.tape.params)))
-        return found
-
-    def _rest(self, v: Sequence[Tensor]) -> list[Tensor | None]:
-        """What belongs to parameters that are not explicit."""
-        return [None if i in self.factors.covered else w for i, w in enumerate(v)]
+        if not self.factors.covered:
+            return super().adjoint(u)
+        return self.factors.adjoint([group.join(self.tape.of_term(u, group.term)) for group in self.factors.groups])
