@@ -22,6 +22,11 @@ def dot(x: Sequence[Tensor], y: Sequence[Tensor]) -> float:
     return float(torch.stack([torch.dot(a.reshape(-1), b.reshape(-1)) for a, b in zip(x, y, strict=True)]).sum())
 
 
+def inner_products(D: Sequence[Sequence[Tensor]], E: Sequence[Sequence[Tensor]]) -> Tensor:
+    """DᵀE of two lists of vectors, in float64 on the CPU."""
+    return torch.tensor([[dot(d, e) for e in E] for d in D], dtype=torch.float64)
+
+
 def norm(x: Sequence[Tensor]) -> float:
     """‖x‖₂."""
     return math.sqrt(dot(x, x))

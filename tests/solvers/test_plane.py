@@ -25,7 +25,7 @@ def test_is_the_projected_solution(k, dtype):
     A, b, D = DEFINITE["seventeen"], random(17), random((17, k), 3)
     operator = OnLists(A.to(dtype), SHAPES)
     directions = [unflatten(d.to(dtype), operator.like) for d in D.T.contiguous()]
-    result = tn.Plane().solve(operator, unflatten(b.to(dtype), operator.like), directions)
+    result = tn.Plane().over(operator, unflatten(b.to(dtype), operator.like), directions)
     expected = projected(A, b, D)
     precision = 1e-8 if dtype is torch.float64 else 1e-3
     assert result.status is tn.Status.CONVERGED
@@ -45,7 +45,7 @@ def test_lengths_dependence_and_zeros_do_not_matter(seed, k, exponents):
     expected = projected(A, b, D)
     more = [D[:, 0] * 2.0 + D[:, -1], torch.zeros(8, dtype=torch.float64), -D[:, 0]]
     scaled = [d * 10.0**e for d, e in zip([*D.T, *more], [*exponents, *exponents], strict=False)]
-    result = tn.Plane().solve(A, [b], [[d] for d in scaled])
+    result = tn.Plane().over(A, [b], [[d] for d in scaled])
     assert result.status is tn.Status.CONVERGED
     torch.testing.assert_close(result.solution[0], expected, rtol=1e-5, atol=1e-5 * float(expected.norm()))
     assert result.predicted_reduction == pytest.approx(float(0.5 * b @ expected), rel=1e-6)
@@ -54,7 +54,7 @@ def test_lengths_dependence_and_zeros_do_not_matter(seed, k, exponents):
 def test_zero_directions_alone_and_zero_gradient():
     zero = torch.zeros(8, dtype=torch.float64)
     for b, direction in ((random(8), zero), (zero, random(8))):
-        result = tn.Plane().solve(DEFINITE["spread"], [b], [[direction]])
+        result = tn.Plane().over(DEFINITE["spread"], [b], [[direction]])
         assert result.status is tn.Status.CONVERGED
         assert result.predicted_reduction == 0
         assert not result.solution[0].any()
@@ -66,7 +66,7 @@ def test_negative_curvature_of_the_plane(seed, k):
     A, b, D = INDEFINITE["mixed"], random(6, seed), random((6, k), seed + 1)
     basis, _ = torch.linalg.qr(D)
     values = torch.linalg.eigvalsh(basis.T @ A @ basis)
-    result = tn.Plane().solve(A, [b], [[d] for d in D.T])
+    result = tn.Plane().over(A, [b], [[d] for d in D.T])
     assert result.predicted_reduction >= 0
     assert (result.status is tn.Status.NEGATIVE_CURVATURE) == (float(values[0]) < 0)
     if result.negative_curvature is not None:
@@ -80,7 +80,7 @@ def test_a_direction_without_curvature_is_left_out():
     A = SINGULAR["semidefinite"]
     null = torch.linalg.eigh(A).eigenvectors[:, 0]
     b, other = random(5), random(5, 2)
-    result = tn.Plane().solve(A, [b], [[null], [other]])
+    result = tn.Plane().over(A, [b], [[null], [other]])
     assert result.status is tn.Status.CONVERGED
     assert math.isfinite(result.predicted_reduction)
     assert float(result.solution[0].norm()) < 100
@@ -90,8 +90,8 @@ def test_a_direction_without_curvature_is_left_out():
 def test_numbers_that_are_not_finite_are_a_status(bad):
     A, b = spectrum([1.0, 2.0, 3.0]), random(3)
     for result in (
-        tn.Plane().solve(bad * A, [b], [[b]]),
-        tn.Plane().solve(A, [bad * b], [[b]]),
+        tn.Plane().over(bad * A, [b], [[b]]),
+        tn.Plane().over(A, [bad * b], [[b]]),
         tn.Plane().minimize([b], [[b]], torch.tensor([[bad]])),
         tn.Plane().minimize([b], [[bad * b]], torch.eye(1)),
     ):

@@ -13,7 +13,7 @@ from torchnewton.curvature.cost_model import gram_by_pairs, gram_by_rows
 from torchnewton.curvature.groups import output_groups
 from torchnewton.curvature.layer_jacobian import LayerJacobian
 from torchnewton.curvature.layer_jacobian.factors import Factor, Factors
-from torchnewton.curvature.layer_jacobian.layers import Paired
+from torchnewton.curvature.layer_jacobian.layers import Linear, Paired
 from torchnewton.curvature.output_root import output_root
 from torchnewton.record import NotPerSampleError
 from torchnewton.vectors import Vector, flatten, symmetric_product, unflatten
@@ -44,6 +44,10 @@ class WeightedRows(ABC):
     def rows(self) -> Tensor:
         """R itself."""
 
+    @abstractmethod
+    def diagonal(self) -> Vector:
+        """The diagonal of RᵀR."""
+
 
 class StoredRows(WeightedRows):
     """R as a matrix, for vectors like `like`."""
@@ -69,6 +73,10 @@ class StoredRows(WeightedRows):
     def rows(self) -> Tensor:
         """See `WeightedRows.rows`."""
         return self.matrix
+
+    def diagonal(self) -> Vector:
+        """See `WeightedRows.diagonal`."""
+        return unflatten(self.matrix.square().sum(0), self.like)
 
 
 class LayerRows(WeightedRows):
@@ -149,6 +157,24 @@ class LayerRows(WeightedRows):
         self._require_all()
         params = self.tape.params
         return self._rows_of(self.factors.factors, range(len(params)), params[0].dtype)
+
+    def diagonal(self) -> Vector:
+        """See `WeightedRows.diagonal`: a matrix product for a linear layer with one place, else from the rows."""
+        self._require_all()
+        params = self.tape.params
+        total = [torch.zeros_like(p) for p in params]
+        for component in self._components:
+            layer = component[0].layer
+            if len(component) == 1 and isinstance(layer, Linear) and layer.places == 1:
+                D = component[0].cotangents.dense().square().sum(1)
+                for position, entries in layer.adjoint_of(D, layer.input.flatten(1).square()):
+                    total[position] = entries.view_as(params[position])
+                continue
+            positions = sorted({p for f in component for p in f.layer.positions})
+            squares = self._rows_of(component, positions, params[0].dtype).square().sum(0)
+            for position, part in zip(positions, squares.split([params[p].numel() for p in positions]), strict=True):
+                total[position] = part.view_as(params[position])
+        return total
 
     def _require_all(self) -> None:
         if not self.factors.is_complete:

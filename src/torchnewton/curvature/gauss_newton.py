@@ -16,7 +16,7 @@ from torchnewton.curvature.jacobian import Jacobian
 from torchnewton.curvature.layer_jacobian import LayerJacobian
 from torchnewton.curvature.operator import LinearOperator
 from torchnewton.record import NotPerSampleError, Tape
-from torchnewton.vectors import Vector, symmetric_product
+from torchnewton.vectors import Vector, inner_products, symmetric_product
 
 
 class GaussNewton(LinearOperator):
@@ -51,11 +51,17 @@ class GaussNewton(LinearOperator):
         """J'(B(Jv)), by layer factors Rᵀ(Rv)."""
         if self._uses_factors and self._factors is not None:
             return self._factors.adjoint(self._factors.product(v))
-        u = self.jacobian.apply(v)
-        weighted: Vector = []
-        for number, term in enumerate(self.tape.terms):
-            weighted += term.hessian_product(self.tape.of_term(u, number))
-        return self.jacobian.adjoint(weighted)
+        return self.jacobian.adjoint(self._curved(self.jacobian.apply(v)))
+
+    def quadratic_form(self, directions: Sequence[Sequence[Tensor]]) -> tuple[Tensor, float]:
+        """(JD)ᵀB(JD): half a product each."""
+        moved = [self.jacobian.apply(d) for d in directions]
+        return inner_products(moved, [self._curved(u) for u in moved]), len(moved) / 2
+
+    def _curved(self, u: Sequence[Tensor]) -> Vector:
+        """Bu."""
+        terms = enumerate(self.tape.terms)
+        return [y for number, term in terms for y in term.hessian_product(self.tape.of_term(u, number))]
 
     @cached_property
     def _explicit(self) -> LayerJacobian | None:
@@ -109,6 +115,10 @@ class GaussNewton(LinearOperator):
             return dense_from_rows(self.tape, self.jacobian)
         R = self._rows.rows()
         return symmetric_product(R, R, torch.float64)
+
+    def _exact_diagonal(self) -> Vector | None:
+        """From the rows by sample: exact for the price of a few products where there are few outputs a sample."""
+        return None if self._rows is None else self._rows.diagonal()
 
     def factored(self) -> tuple[WeightedRows, float] | None:
         """R = B^½J, r rows for each sample, r the rank of its B; None without per-sample rows."""

@@ -82,6 +82,10 @@ class LinearOperator(ABC):
             raise NotImplementedError(f"{type(self).__name__} is not symmetric and has no product with its transpose.")
         return self.apply(u)
 
+    def quadratic_form(self, directions: Sequence[Sequence[Tensor]]) -> tuple[Tensor, float]:
+        """DᵀAD of k directions, k×k in float64 on the CPU, and the products it took: k unless there is a shorter way."""
+        return vectors.inner_products(directions, self.apply_each([list(d) for d in directions])), len(directions)
+
     def apply_each(self, vs: Sequence[Vector]) -> list[Vector]:
         """The products with several lists of tensors."""
         return [self.apply(v) for v in vs]
@@ -218,6 +222,11 @@ class Shifted(LinearOperator):
         found = self.base.factored()
         return None if found is None else (found[0], found[1] + self.shift)
 
+    def quadratic_form(self, directions: Sequence[Sequence[Tensor]]) -> tuple[Tensor, float]:
+        """That of A, and λDᵀD."""
+        form, num_products = self.base.quadratic_form(directions)
+        return form + self.shift * vectors.inner_products(directions, directions), num_products
+
     def costs(self, num_products: int = 1) -> Costs:
         """Those of A: the shift costs nothing."""
         return self.base.costs(num_products)
@@ -308,6 +317,11 @@ class Sum(LinearOperator):
     def adjoint(self, u: Sequence[Tensor]) -> Vector:
         """Aᵀu + Bᵀu."""
         return vectors.add(self.first.adjoint(u), self.second.adjoint(u))
+
+    def quadratic_form(self, directions: Sequence[Sequence[Tensor]]) -> tuple[Tensor, float]:
+        """The sum of the two."""
+        first, second = self.first.quadratic_form(directions), self.second.quadratic_form(directions)
+        return first[0] + second[0], first[1] + second[1]
 
     def to_dense(self) -> Tensor:
         """The matrix; costs what those of A and B cost."""

@@ -13,8 +13,14 @@ class Damping(Protocol):
 
     `damped_model` says whether the predicted reduction counts λ: −gᵀd − ½dᵀ(A + λI)d, or −gᵀd − ½dᵀAd. `full_step`
     says whether the reduction ratio is taken at the full step or at the length the line search has chosen. With
-    `relative` the numbers of the rule are in units of gᵀAg / gᵀg at the first step.
+    `relative` the numbers of the rule are in units of gᵀAg / gᵀg at the first step. `search` are factors: λ times each
+    of them is tried in every step beside λ itself, and the one whose full step reaches the lowest objective is taken.
     """
+
+    @property
+    def search(self) -> tuple[float, ...]:
+        """The factors of λ that are tried beside λ."""
+        ...
 
     @property
     def damped_model(self) -> bool:
@@ -58,6 +64,10 @@ class LevenbergMarquardt:
     """λ ← `increase`·λ where ρ < `lower`, λ ← `decrease`·λ where ρ > `upper`, between `minimum` and `maximum`.
 
     ρ = actual / predicted reduction. The defaults of the factors are Martens' (2010) and simpleNN's.
+
+    `search=(0.1, 10.0)` tries λ/10 and 10λ in every step, too, against the true objective, and goes on from the best.
+    It needs a factorization (`Dual`, `Direct`, `Auto` where it takes one of them), which then serves every λ: for each
+    one more Cholesky factorization and one more loss evaluation. With CG there is nothing to search.
     """
 
     initial: float = 1.0
@@ -70,6 +80,7 @@ class LevenbergMarquardt:
     damped_model: bool = False
     full_step: bool = False
     relative: bool = False
+    search: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         if not 0 < self.decrease <= 1 <= self.increase:
@@ -82,6 +93,8 @@ class LevenbergMarquardt:
                 f"LevenbergMarquardt: initial={self.initial} must be between minimum={self.minimum} and "
                 f"maximum={self.maximum}."
             )
+        if not all(factor > 0 for factor in self.search):
+            raise ValueError(f"LevenbergMarquardt: search={self.search} must be positive factors of the damping.")
 
     def start(self) -> float:
         """See `Damping.start`."""
@@ -144,6 +157,7 @@ class ConstantDamping:
     damped_model: bool = False
     full_step: bool = False
     relative: bool = False
+    search: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.value) and self.value >= 0):
@@ -170,6 +184,7 @@ class ScheduledDamping:
     damped_model: bool = False
     full_step: bool = False
     relative: bool = False
+    search: tuple[float, ...] = ()
 
     def start(self) -> float:
         """See `Damping.start`."""

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -19,10 +19,30 @@ from torchnewton.optim.acceleration import GeodesicAcceleration
 from torchnewton.optim.point import Point
 from torchnewton.optim.report import StepReport
 from torchnewton.record import Closure, RecordError, Tape, record, warn_about_rest
-from torchnewton.solvers import Auto, Operator, Solver, SolveResult, Status
+from torchnewton.solvers import Auto, Operator, Solver, SolveResult, Status, UsesPreviousStep
 from torchnewton.vectors import Vector
 
 Curvature = Callable[[Tape], LinearOperator]
+
+
+class Preconditioner(Protocol):
+    """An approximation of (A + λI)⁻¹ with a memory."""
+
+    def update(self, tape: Tape, /) -> None:
+        """Learn from the step's tape; once a step."""
+        ...
+
+    def inverse(self, damping: float, /) -> Operator:
+        """The approximation for this λ."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any], /) -> None:
+        """Continue from it."""
+        ...
 
 
 class Newton(Optimizer):
@@ -47,6 +67,7 @@ class Newton(Optimizer):
         damping: the rule for λ; `AutoDamping()`.
         line_search: chooses α; `Armijo()`.
         momentum: β of a running average of the gradients that takes the place of g.
+        preconditioner: approximates (A + λI)⁻¹ for an iterative solver and keeps a memory of earlier steps, as `KFAC()`.
         acceleration: a second-order correction of d, made where a factorization exists to be used again.
         retries: how often a step that the line search refused is solved again in the same step with λ raised.
         weight_decay: w, see above; the only option a parameter group may set.
@@ -70,6 +91,7 @@ class Newton(Optimizer):
         damping: Damping | None = None,
         line_search: LineSearch | None = None,
         momentum: float = 0.0,
+        preconditioner: Preconditioner | None = None,
         acceleration: GeodesicAcceleration | None = GeodesicAcceleration(),
         retries: int = 0,
         weight_decay: float = 0.0,
@@ -87,6 +109,7 @@ class Newton(Optimizer):
         self.damping: Damping = AutoDamping() if damping is None else damping
         self.line_search: LineSearch = Armijo() if line_search is None else line_search
         self.momentum = momentum
+        self.preconditioner = preconditioner
         self.acceleration = acceleration
         self.retries = retries
         self.report = StepReport()
@@ -95,9 +118,22 @@ class Newton(Optimizer):
         """The solver of a step after `num_steps` others; a named method may change it on the way."""
         return self.solver
 
-    def preconditioner(self, gradient: Vector, damping: float) -> Operator | None:
-        """An approximation of (A + λI)⁻¹ for an iterative solver; a named method may have one."""
-        return None
+    def inverse_at(self, gradient: Vector, damping: float) -> Operator | None:
+        """The approximation of (A + λI)⁻¹ for an iterative solver; a named method may have one of its own."""
+        return None if self.preconditioner is None else self.preconditioner.inverse(damping)
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `torch.optim.Optimizer.state_dict`; that of the preconditioner is in it."""
+        if self.preconditioner is not None:
+            self._memory["preconditioner"] = self.preconditioner.state_dict()
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """See `torch.optim.Optimizer.load_state_dict`."""
+        super().load_state_dict(state_dict)
+        kept = self._memory.pop("preconditioner", None)
+        if self.preconditioner is not None and kept is not None:
+            self.preconditioner.load_state_dict(kept)
 
     @torch.no_grad()
     def step(self, closure: Closure | None = None, curvature: Closure | None = None) -> Any:
@@ -174,9 +210,8 @@ class Newton(Optimizer):
         """Have the closure's data changed since the last step? Then: has that step helped on them, too?"""
         memory, last = self._memory, self._memory["last"]
         memory["last"] = None
-        steps = [self.state[p].pop("last_step", None) for p in point.params]
-        directions = [d for d in steps if d is not None]
-        if last is None or len(directions) < len(steps) or not isinstance(self.damping, LearnsFromNewData):
+        directions = self._previous_step(point)
+        if last is None or directions is None or not isinstance(self.damping, LearnsFromNewData):
             return
         damping, ratio, step_length, predicted, value = last
         if abs(point.value - value) <= 1e-6 * abs(value):
@@ -185,6 +220,12 @@ class Newton(Optimizer):
         self.report.loss_evaluations += 1
         new_ratio = _ratio(before - point.value, predicted)
         memory["damping"] = self.damping.update_on_new_data(damping, ratio, step_length, new_ratio)
+
+    def _previous_step(self, point: Point) -> Vector | None:
+        """The last step that was made, where it moved the same parameters."""
+        steps = [self.state[p].get("last_step") for p in point.params]
+        known = [d for d in steps if d is not None]
+        return known if len(known) == len(steps) else None
 
     def _averaged(self, point: Point) -> tuple[Vector, Vector]:
         """The running average m of gradients, and m / (1 − βᵗ)."""
@@ -214,21 +255,44 @@ class Newton(Optimizer):
     def _solve(self, point: Point, solver: Solver, A: LinearOperator, gradient: Vector) -> SolveResult:
         """The direction; a factorization that meets a matrix which rounding has made indefinite raises λ."""
         report, memory = self.report, self._memory
-        rhs = vectors.scale(gradient, -1.0)
+        rhs = point.tape.descent if gradient is point.tape.gradient else vectors.scale(gradient, -1.0)
+        start = self._previous_step(point) if isinstance(solver, UsesPreviousStep) else None
+        if self.preconditioner is not None:
+            self.preconditioner.update(point.tape)
         while True:
             damping = report.damping = memory["damping"] * memory["scale"]
-            result = solver.solve(A + damping, rhs, preconditioner=self.preconditioner(gradient, damping))
+            result = solver.solve(A + damping, rhs, start, self.inverse_at(gradient, damping))
             raised = self.damping.raised(memory["damping"])
             if result.status is not Status.NOT_POSITIVE_DEFINITE or raised <= memory["damping"]:
                 break
             memory["damping"] = raised
-        report.solver = result.method
+        report.solver, report.jacobian = result.method, A.path if result.num_products else ""
         report.status = result.status.value
         report.inner_iterations += result.num_iterations
         report.products += result.num_products
         report.gradient_equivalents += result.flops / max(3 * forward_flops(point.tape), 1.0)
-        memory["products"] = result.num_products > 0
-        return result
+        memory["products"] = result.num_products > 0 and "explicit" not in report.jacobian
+        return self._best_damping(point, result)
+
+    def _best_damping(self, point: Point, result: SolveResult) -> SolveResult:
+        """For a rule that searches: the λ among several whose full step reaches the lowest objective."""
+        report, memory = self.report, self._memory
+        if not self.damping.search or result.shifted is None or result.status is Status.NOT_FINITE:
+            return result
+
+        def value_of(candidate: SolveResult) -> float:
+            report.loss_evaluations += 1
+            value = point.evaluate(candidate.solution, 1.0)
+            return value if math.isfinite(value) else math.inf
+
+        damping, best, lowest = memory["damping"], result, value_of(result)
+        for factor in self.damping.search:
+            other = result.shifted(report.damping * (factor - 1))
+            report.gradient_equivalents += other.flops / max(3 * forward_flops(point.tape), 1.0)
+            if other.status in (Status.CONVERGED, Status.MAX_ITERATIONS) and (value := value_of(other)) < lowest:
+                best, lowest, memory["damping"] = other, value, damping * factor
+        report.damping = memory["damping"] * memory["scale"]
+        return best
 
     def _search(self, point: Point, gradient: Vector, result: SolveResult) -> None:
         """Judge the direction, choose a step length, move if it is accepted, adapt λ."""
@@ -238,7 +302,10 @@ class Newton(Optimizer):
             report.status = f"no descent direction was found: {result.status.value}"
             memory["damping"] = rule.raised(memory["damping"])
             return
-        curved = -slope - vectors.dot(result.residual, d)  # dᵀ(A + λI)d, from the residual b − (A + λI)d
+        if result.residual is None:
+            curved = result.curvature or 0.0
+        else:
+            curved = -slope - vectors.dot(result.residual, d)  # dᵀ(A + λI)d, from the residual b − (A + λI)d
         if not rule.damped_model:
             curved -= report.damping * vectors.dot(d, d)
         if self.acceleration is not None and result.reuse is not None:
@@ -264,6 +331,7 @@ class Newton(Optimizer):
         if isinstance(rule, LearnsFromNewData):
             ratio, predicted = report.reduction_ratio, report.predicted_reduction
             memory["last"] = (memory["damping"], ratio, alpha, predicted, found.value)
+        if isinstance(rule, LearnsFromNewData) or isinstance(self.solver, UsesPreviousStep):
             for p, x in zip(point.params, d, strict=True):
                 self.state[p]["last_step"] = x * found.step_length
         memory["damping"] = rule.update(memory["damping"], report.reduction_ratio, alpha, memory["step"] + 1)

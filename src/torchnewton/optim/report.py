@@ -29,8 +29,9 @@ class StepReport:
     accepted: bool = False
     status: str = ""
     solver: str = ""
+    jacobian: str = ""
     loss_evaluations: int = 0
-    products: int = 0
+    products: float = 0
     gradient_equivalents: float = 0.0
     bytes_communicated: int = 0
     seconds: dict[str, float] = field(default_factory=dict)

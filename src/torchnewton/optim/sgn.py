@@ -55,7 +55,7 @@ class SGN(Newton):
         """Ten CG iterations in the first nine steps."""
         return _cg(10) if num_steps < 9 else self.solver
 
-    def preconditioner(self, gradient: Vector, damping: float) -> Operator | None:
+    def inverse_at(self, gradient: Vector, damping: float) -> Operator | None:
         """1/(m̂² + λ)^α."""
         if self.preconditioner_exponent is None:
             return None

@@ -10,7 +10,7 @@ from torchnewton.solvers.minres import MINRES
 from torchnewton.solvers.nystrom import Nystrom
 from torchnewton.solvers.plane import Plane, PlaneResult
 from torchnewton.solvers.preconditioners import BlockDiagonal, Jacobi, Preconditioner
-from torchnewton.solvers.result import Operator, Solver, SolveResult, Status
+from torchnewton.solvers.result import Operator, Solver, SolveResult, Status, UsesPreviousStep
 from torchnewton.solvers.steihaug import SteihaugCG
 from torchnewton.solvers.stopping import MartensProgress, MaxNorm, StoppingRule
 
@@ -38,4 +38,5 @@ __all__ = [
     "Status",
     "SteihaugCG",
     "StoppingRule",
+    "UsesPreviousStep",
 ]

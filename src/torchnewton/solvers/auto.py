@@ -70,7 +70,5 @@ class Auto:
     ) -> SolveResult:
         """See `Solver.solve`."""
         solver, reason = self.choose(A, b)
-        if solver is self.cg and isinstance(A, StatesCosts):
-            A.expect(self.expected_iterations)
         result = solver.solve(A, b, x0, preconditioner)
         return replace(result, method=f"{result.method}; {reason}")

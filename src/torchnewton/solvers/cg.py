@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from torchnewton.solvers.iteration import Iterative, accepted, initial_residual, product, ratio
+from torchnewton.solvers.iteration import Iterative, accepted, announce, initial_residual, product, ratio
 from torchnewton.solvers.result import Operator, SolveResult, Status
 from torchnewton.vectors import add, add_, clone, dot, is_finite, norm, zeros_like
 
@@ -37,6 +37,7 @@ class CG(Iterative):
         preconditioner: Operator | None = None,
     ) -> SolveResult:
         """See `Solver.solve`."""
+        announce(A, self.max_iterations)
         x = zeros_like(b) if x0 is None else clone(x0)
         r0 = initial_residual(A, b, x0)
         r = clone(r0)

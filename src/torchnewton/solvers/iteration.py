@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from torchnewton.costs import StatesCosts
 from torchnewton.solvers.result import Operator, Status
 from torchnewton.solvers.stopping import StoppingRule
 from torchnewton.vectors import Vector, add, add_, clone, dot, is_finite, norm, scale, zeros_like
@@ -66,6 +67,12 @@ class MostNegative:
 def product(A: Operator, v: Sequence[Tensor]) -> Vector:
     """A @ v for an operator on lists, or a plain matrix on a list of one flat tensor."""
     return [A @ v[0]] if isinstance(A, Tensor) else A @ v
+
+
+def announce(A: Operator, num_products: int) -> None:
+    """Tell an operator that can prepare for it how many products will follow."""
+    if isinstance(A, StatesCosts):
+        A.expect(num_products)
 
 
 def initial_residual(A: Operator, b: Sequence[Tensor], x0: Sequence[Tensor] | None) -> Vector:

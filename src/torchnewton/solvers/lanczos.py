@@ -82,7 +82,7 @@ class Lanczos:
     def tridiagonalize_each(
         self, multiply: Callable[[list[Vector]], list[Vector]], starts: Sequence[Sequence[Tensor]]
     ) -> list[LanczosResult]:
-        """Those of several starts, one product of each at a time, for operators that multiply many vectors in one go."""
+        """Those of several starts; one product of each at a time, for operators that multiply many vectors at once."""
         processes = [_Process(self, start) for start in starts]
         while waiting := [p for p in processes if p.is_running]:
             for p, w in zip(waiting, multiply([p.v for p in waiting]), strict=True):

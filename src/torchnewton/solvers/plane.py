@@ -5,13 +5,23 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from torchnewton.solvers.iteration import combine, product
-from torchnewton.solvers.result import Operator, Status
-from torchnewton.vectors import Vector, dot, is_finite, scale, zeros_like
+from torchnewton.solvers.result import Operator, SolveResult, Status
+from torchnewton.vectors import Vector, dot, inner_products, is_finite, scale, zeros_like
+
+
+@runtime_checkable
+class KnowsQuadraticForm(Protocol):
+    """An operator that knows a shorter way to DᵀAD than products with A."""
+
+    def quadratic_form(self, directions: Sequence[Sequence[Tensor]]) -> tuple[Tensor, float]:
+        """DᵀAD, k×k in float64 on the CPU, and the products it took."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -26,7 +36,7 @@ class PlaneResult:
     coefficients: list[float]
     predicted_reduction: float
     status: Status
-    num_products: int = 0
+    num_products: float = 0
     negative_curvature: Vector | None = None
 
 
@@ -45,7 +55,7 @@ class Plane:
 
     >>> A, b = torch.diag(torch.tensor([1.0, 2.0, 4.0])), torch.tensor([2.0, 2.0, 2.0])
     >>> directions = [[torch.tensor([1.0, 0.0, 0.0])], [torch.tensor([1.0, 1.0, 0.0])]]
-    >>> [round(c, 3) for c in Plane().solve(A, [b], directions).coefficients]
+    >>> [round(c, 3) for c in Plane().over(A, [b], directions).coefficients]
     [1.0, 1.0]
     """
 
@@ -55,26 +65,61 @@ class Plane:
         if self.rtol is not None and not 0 < self.rtol < 1:
             raise ValueError(f"Plane: rtol={self.rtol} must lie between 0 and 1.")
 
-    def solve(self, A: Operator, b: Sequence[Tensor], directions: Sequence[Sequence[Tensor]]) -> PlaneResult:
-        """The plane's part of Ax = b: g = −b and DᵀAD by one product a direction."""
-        products = [product(A, d) for d in directions]
-        return self._minimize(scale(b, -1.0), directions, _symmetric(directions, products), len(products))
+    def solve(
+        self,
+        A: Operator,
+        b: Sequence[Tensor],
+        x0: Sequence[Tensor] | None = None,
+        preconditioner: Operator | None = None,
+    ) -> SolveResult:
+        """The solution in the plane of Mb and x₀ (of b alone without them): see `Solver.solve`."""
+        directions = [list(b) if preconditioner is None else product(preconditioner, b)]
+        if x0 is not None:
+            directions.append(list(x0))
+        found = self.over(A, b, directions)
+        return SolveResult(
+            found.solution,
+            None,
+            math.nan,
+            found.status,
+            1,
+            num_products=found.num_products,
+            negative_curvature=found.negative_curvature,
+            method=f"plane of {len(directions)} directions",
+            curvature=2 * (dot(b, found.solution) - found.predicted_reduction),
+        )
+
+    @property
+    def uses_previous_step(self) -> bool:
+        """Whether x₀ should be the previous step: it spans the plane with Mb."""
+        return True
+
+    def over(self, A: Operator, b: Sequence[Tensor], directions: Sequence[Sequence[Tensor]]) -> PlaneResult:
+        """The part of Ax = b in the span of `directions`.
+
+        DᵀAD comes from the operator where it knows a shorter way (`quadratic_form`), else from one product a direction.
+        """
+        if isinstance(A, KnowsQuadraticForm):
+            C, num_products = A.quadratic_form(directions)
+        else:
+            C, num_products = inner_products(directions, [product(A, d) for d in directions]), len(directions)
+        return self._minimize(scale(b, -1.0), directions, C, num_products)
 
     def minimize(
         self, gradient: Sequence[Tensor], directions: Sequence[Sequence[Tensor]], curvature_matrix: Tensor
     ) -> PlaneResult:
         """With DᵀAD given as `curvature_matrix`."""
-        return self._minimize(gradient, directions, curvature_matrix.detach().to("cpu", torch.float64), 0)
+        return self._minimize(gradient, directions, curvature_matrix.detach().to("cpu", torch.float64), 0.0)
 
     def _minimize(
-        self, gradient: Sequence[Tensor], directions: Sequence[Sequence[Tensor]], C: Tensor, num_products: int
+        self, gradient: Sequence[Tensor], directions: Sequence[Sequence[Tensor]], C: Tensor, num_products: float
     ) -> PlaneResult:
         k = len(directions)
         if k == 0 or C.shape != (k, k):
             raise ValueError(f"Plane: {k} directions need a curvature_matrix of {k}×{k}, not {tuple(C.shape)}.")
         C = 0.5 * (C + C.mT)
         g = torch.tensor([dot(gradient, d) for d in directions], dtype=torch.float64)
-        gram = _symmetric(directions, directions)
+        gram = inner_products(directions, directions)
         if not is_finite([C, g, gram]):
             return PlaneResult(zeros_like(gradient), [0.0] * k, 0.0, Status.NOT_FINITE, num_products)
         c, p = minimize_in_span(g, C, gram, torch.finfo(gradient[0].dtype).eps, self.rtol)
@@ -84,15 +129,6 @@ class Plane:
         negative = None if p is None else combine(directions, p)
         status = Status.CONVERGED if negative is None else Status.NEGATIVE_CURVATURE
         return PlaneResult(x, c.tolist(), reduction, status, num_products, negative)
-
-
-def _symmetric(D: Sequence[Sequence[Tensor]], E: Sequence[Sequence[Tensor]]) -> Tensor:
-    """DᵀE, known to be symmetric, from its lower triangle."""
-    total = torch.zeros(len(D), len(D), dtype=torch.float64)
-    for i, d in enumerate(D):
-        for j in range(i + 1):
-            total[i, j] = total[j, i] = dot(d, E[j])
-    return total
 
 
 def minimize_in_span(

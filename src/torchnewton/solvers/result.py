@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -31,22 +31,25 @@ class Status(Enum):
 class SolveResult:
     """The solution x of Ax = b as far as it was found, with its residual b − Ax.
 
-    `negative_curvature` is a direction p with pᵀAp ≤ 0 where one was met. `method` names the solver, and the reason
-    where one was chosen. `reuse` solves for another right-hand side with the same factorization, where there is one.
-    `shifted` solves (A + δI)x = b likewise. `flops` counts the operations of dense linear algebra, rows of the Jacobian included; products are counted apart.
+    A solver that never forms the residual has None there and tells `curvature`, xᵀAx, instead. `negative_curvature` is
+    a direction p with pᵀAp ≤ 0 where one was met. `method` names the solver, and the reason where one was chosen.
+    `reuse` solves for another right-hand side with the same factorization, where there is one.
+    `shifted` solves (A + δI)x = b likewise. `flops` counts the operations of dense linear algebra, rows of the
+    Jacobian included; products are counted apart.
     """
 
     solution: Vector
-    residual: Vector
+    residual: Vector | None
     residual_norm: float
     status: Status
     num_iterations: int
-    num_products: int = 0
+    num_products: float = 0
     negative_curvature: Vector | None = None
     method: str = ""
     reuse: Callable[[Vector], Vector] | None = None
     shifted: Callable[[float], SolveResult] | None = None
     flops: float = 0.0
+    curvature: float | None = None
 
 
 class Operator(Protocol):
@@ -54,6 +57,16 @@ class Operator(Protocol):
 
     def __matmul__(self, v: Any, /) -> Any:
         """The product."""
+        ...
+
+
+@runtime_checkable
+class UsesPreviousStep(Protocol):
+    """A solver whose x₀ should be the previous step of the optimizer."""
+
+    @property
+    def uses_previous_step(self) -> bool:
+        """True."""
         ...
 
 

@@ -45,11 +45,15 @@ class Users:
 
         The search ends at the outputs of `calls`.
         """
-        total = int(edge in self.outputs)
-        for node in self._takers.get(edge, []):
-            further = (node, 0)
-            seen_through = self._is_unary(node) and further not in calls
-            total += self.uses(further, calls) if seen_through else 1
+        total, stack = 0, [edge]
+        while stack:
+            here = stack.pop()
+            total += here in self.outputs
+            for node in self._takers.get(here, []):
+                if self._is_unary(node) and (node, 0) not in calls:
+                    stack.append((node, 0))
+                else:
+                    total += 1
         return total
 
 
@@ -120,5 +124,6 @@ def _selection(source: Edge, shape: torch.Size, cut: Cut, like: Tensor) -> Cut |
     u = torch.randn(n * size, generator=generator, dtype=like.dtype, device=like.device)
     found = Cut(cut.edge, cut.shape, index, weight)
     expected = transpose(u)
-    close = (found.scatter(weight * u, shape).view(-1) - expected).norm() <= 1e-5 * expected.norm()
+    tolerance = 1000 * torch.finfo(like.dtype).eps
+    close = (found.scatter(weight * u, shape).view(-1) - expected).norm() <= tolerance * expected.norm()
     return found if bool(close) else None

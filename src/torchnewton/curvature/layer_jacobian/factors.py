@@ -29,7 +29,7 @@ class Factor:
 
     def product(self, s: Tensor) -> Tensor:
         """D · s, N × width."""
-        return self.cotangents.product(self.cut.select(s).view(self.layer.num_samples, -1))
+        return self.cotangents.product(self.cut.select(s).reshape(self.layer.num_samples, -1))
 
     def adjoint(self, u: Tensor) -> Tensor:
         """Dᵀu in the shape of s."""
@@ -163,7 +163,7 @@ def _cuts(
         return float(tape.params[0].element_size()) * entries * widths
 
     cuts, left_out, total = {}, [], 0.0
-    for layer in sorted(layers, key=lambda layer: bytes_of(layer, layer.output_shape.numel()) / layer.forward_flops):
+    for layer in sorted(layers, key=lambda layer: bytes_of(layer, layer.output_shape.numel()) / max(layer.forward_flops, 1.0)):
         cut = None
         if bytes_of(layer, layer.output_shape.numel()) <= 16 * max_bytes:
             cut = find_cut(layer.call.edge, layer.output_shape, users, tape.sizes, tape.params[0])
@@ -195,7 +195,9 @@ def _of_group(
     reached = {i: e for i, e in enumerate(pull(w)) if e is not None}
     mixing = [places[i][0] for i in reached if places[i][0].num_samples != group.num_samples]
     mine = {i: e for i, e in reached.items() if places[i][0].num_samples == group.num_samples}
-    cotangents = {i: e.new_empty(group.num_samples, width, e[0].numel()) for i, e in mine.items()}
+    cotangents = {
+        i: e.new_empty(group.num_samples, width, e[0].numel(), dtype=places[i][0].dtype) for i, e in mine.items()
+    }
     for column in range(width if mine else 0):
         unit = torch.zeros_like(w)
         unit[:, column] = 1

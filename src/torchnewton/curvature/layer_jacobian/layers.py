@@ -220,10 +220,14 @@ class Linear(Paired):
 
     def adjoint(self, delta: Tensor) -> list[tuple[int, Tensor]]:
         """One matrix product."""
+        return self.adjoint_of(delta, self.input)
+
+    def adjoint_of(self, delta: Tensor, x: Tensor) -> list[tuple[int, Tensor]]:
+        """The adjoint with another input."""
         delta = delta.reshape(-1, delta.shape[-1])
         found = []
         if self.weight_position is not None:
-            found.append((self.weight_position, delta.mT @ self.input.reshape(len(delta), -1)))
+            found.append((self.weight_position, delta.mT @ x.reshape(len(delta), -1)))
         if self.bias_position is not None:
             found.append((self.bias_position, delta.sum(0)))
         return found
