@@ -175,7 +175,7 @@ class EmpiricalFisher(LinearOperator):
     @property
     def path(self) -> str:
         """How products are made."""
-        return self._gauss_newton.path
+        return self._gauss_newton.jacobian.path
 
 
 def _scores(tape: Tape, reduction: Reduction | None) -> list[_Scores]:

@@ -54,7 +54,10 @@ class GaussNewton(LinearOperator):
         return self.jacobian.adjoint(self._curved(self.jacobian.apply(v)))
 
     def quadratic_form(self, directions: Sequence[Sequence[Tensor]]) -> tuple[Tensor, float]:
-        """(JD)ᵀB(JD): half a product each."""
+        """(JD)ᵀB(JD), by layer factors (RD)ᵀ(RD): half a product each."""
+        if self._uses_factors and self._factors is not None:
+            weighted = [[self._factors.product(d)] for d in directions]
+            return inner_products(weighted, weighted), len(weighted) / 2
         moved = [self.jacobian.apply(d) for d in directions]
         return inner_products(moved, [self._curved(u) for u in moved]), len(moved) / 2
 
@@ -87,7 +90,8 @@ class GaussNewton(LinearOperator):
     def expect(self, num_products: int) -> None:
         """Take layer factors if they pay for that many products."""
         if self._chooses and not self._uses_factors and self._explicit is not None:
-            self._uses_factors = self.costs(num_products).setup > 0
+            if self.costs(num_products).setup > 0:
+                self._uses_factors, self.jacobian = True, self._explicit
 
     @property
     def path(self) -> str:
