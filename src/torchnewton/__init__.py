@@ -1,5 +1,6 @@
 """Newton-type training for PyTorch: swap the optimizer, keep the loop."""
 
+from torchnewton.analysis import Spectrum, spectrum
 from torchnewton.curvature import (
     Autodiff,
     Average,
@@ -84,6 +85,7 @@ __all__ = [
     "RecordError",
     "ScheduledDamping",
     "SolveResult",
+    "Spectrum",
     "Status",
     "SteihaugCG",
     "StepReport",
@@ -92,4 +94,5 @@ __all__ = [
     "directional_derivative",
     "outputs",
     "record",
+    "spectrum",
 ]

@@ -19,7 +19,7 @@ try:
     from typer.exceptions import TyperException
 
     from torchnewton.train.check import check
-    from torchnewton.train.checkpoint import check_free, free_name, new_folder
+    from torchnewton.train.checkpoint import RunFolder, check_free, free_name, new_folder
     from torchnewton.train.compare import HEADERS, compare, rows
     from torchnewton.train.data import NAMES as DATA
     from torchnewton.train.errors import UsageError
@@ -27,6 +27,10 @@ try:
     from torchnewton.train.models import NAMES as MODELS
     from torchnewton.train.page import FILES, title, write_page
     from torchnewton.train.runs import Settings, make_run, train_new, train_resumed
+    from torchnewton.train.spectrum import CURVATURES, Question, look_at
+    from torchnewton.train.spectrum_report import HEADERS as SPECTRUM_HEADERS
+    from torchnewton.train.spectrum_report import how, write
+    from torchnewton.train.spectrum_report import rows as spectrum_rows
 except ModuleNotFoundError as error:
     if error.name not in EXTRA:
         raise
@@ -61,6 +65,7 @@ def train_command(
     batch_size: BatchSize = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the data.", show_default="by method")] = None,
     seconds: Annotated[float | None, typer.Option(help="CPU seconds of training instead of epochs.")] = None,
+    until_loss: Annotated[float | None, typer.Option(help="Stop once the loss of all training data is so low.")] = None,
     seed: Seed = Settings.seed,
     device: Device = Settings.device,
     threads: Threads = Settings.threads,
@@ -70,14 +75,18 @@ def train_command(
 ) -> int:
     """Train a model. Without options: a small CNN on digits with Newton."""
     if resume is not None:
-        fixed = [name for name in context.params if name not in ("resume", "epochs", "seconds")]
+        fixed = [name for name in context.params if name not in ("resume", "epochs", "seconds", "until_loss")]
         for name in fixed:
             source = context.get_parameter_source(name)
             if source is not None and source.name == "COMMANDLINE":
                 option = name.replace("_", "-")
-                raise UsageError(f"--{option} cannot change in a resumed run: only --epochs and --seconds can.")
-        return train_resumed(resume, epochs, seconds, _console())
-    settings = Settings(data, data_dir, model, method, lr, batch_size, epochs, seconds, seed, device, threads)
+                raise UsageError(
+                    f"--{option} cannot change in a resumed run: only --epochs, --seconds and --until-loss can."
+                )
+        return train_resumed(resume, epochs, seconds, until_loss, _console())
+    settings = Settings(
+        data, data_dir, model, method, lr, batch_size, epochs, seconds, seed, device, threads, until_loss
+    )
     return train_new(settings, out, overwrite, _console())
 
 
@@ -164,6 +173,50 @@ def check_command(
     console.print(table)
     console.print(f"Checks that failed: {failed}." if failed else "All checks passed.")
     return 1 if failed else 0
+
+
+@app.command("spectrum")
+def spectrum_command(
+    runs: Annotated[list[Path], typer.Argument(help="Folders written by `torchnewton train`.", metavar="RUN...")],
+    curvature: Annotated[str, typer.Option(help=", ".join(CURVATURES))] = Question.curvature,
+    samples: Annotated[int, typer.Option(help="Training samples at most, evenly spaced.")] = Question.samples,
+    probes: Annotated[int, typer.Option(help="Random vectors.")] = Question.probes,
+    iterations: Annotated[int, typer.Option(help="Lanczos iterations for each of them.")] = Question.iterations,
+    double: Annotated[bool, typer.Option("--double", help="Compute in float64.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of the random vectors.")] = Question.seed,
+    out: Annotated[Path | None, typer.Option(help="Folder to write.", show_default="the run's, or runs/…")] = None,
+    overwrite: Overwrite = False,
+) -> int:
+    """Eigenvalues of the curvature at the end of saved runs: flat or sharp? Several runs stand side by side."""
+    question = Question(curvature, samples, probes, iterations, double, seed)
+    if out is not None:
+        check_free(out, overwrite)
+    console = _console()
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("", total=1.0)
+
+        def on_progress(label: str, fraction: float) -> None:
+            progress.update(task, description=label, completed=fraction)
+
+        try:
+            points = look_at(runs, question, on_progress)
+        except KeyboardInterrupt:
+            console.print("Interrupted: nothing was written.")
+            return 130
+    folder = out or (runs[0] if len(runs) == 1 else free_name("spectrum"))
+    if folder != runs[0]:
+        new_folder(folder, overwrite, RunFolder.SPECTRUM_FILES)
+    write(points, question, "torchnewton " + shlex.join(sys.argv[1:]), folder)
+    table = Table(box=SIMPLE_HEAD, collapse_padding=True)
+    for header in SPECTRUM_HEADERS:
+        table.add_column(header, justify="left" if header in ("run", "seed") else "right", no_wrap=True)
+    for row in spectrum_rows(points):
+        table.add_row(*row)
+    for line in how(points, question):
+        console.print(line, highlight=False, soft_wrap=True)
+    console.print(table)
+    console.print(f"Saved in {folder}: {', '.join(RunFolder.SPECTRUM_FILES)}", soft_wrap=True)
+    return 0
 
 
 def _console() -> Console:

@@ -157,7 +157,7 @@ def test_a_wrong_argument_is_one_sentence_and_writes_nothing(name, tmp_path, cap
 def test_a_broken_config_is_one_sentence(tmp_path, content, capsys):
     (tmp_path / "config.json").write_text(content)
     assert run(["train", "--resume", str(tmp_path)]) == 2
-    assert capsys.readouterr().err.startswith("No run to resume in")
+    assert capsys.readouterr().err.startswith("No run in")
 
 
 def test_a_finished_run_needs_a_larger_budget(capsys):

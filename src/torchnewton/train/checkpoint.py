@@ -72,6 +72,7 @@ class RunFolder:
 
     path: Path
     FILES = ("config.json", "metrics.jsonl", "checkpoint.pt", "curves.png")
+    SPECTRUM_FILES = ("spectrum.json", "spectrum.png", "spectrum.svg")  # of `torchnewton spectrum`
 
     def write_config(self, config: dict[str, Any]) -> None:
         """Writes what was run."""
@@ -83,7 +84,7 @@ class RunFolder:
             config: dict[str, Any] = json.loads((self.path / "config.json").read_text())
             return {**config, "settings": dict(config["settings"])}
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UsageError(f"No run to resume in {self.path}: config.json is missing or broken.") from error
+            raise UsageError(f"No run in {self.path}: config.json is missing or broken.") from error
 
     def append(self, record: Record) -> None:
         """Adds one line to `metrics.jsonl`."""
@@ -96,13 +97,17 @@ class RunFolder:
 
     def load(self, run: Run) -> None:
         """Puts `run` where the checkpoint was taken and drops metrics written after it."""
+        self.load_state(run)
+        lines = "".join(to_json(asdict(record)) + "\n" for record in run.history)
+        write_atomically(self.path / "metrics.jsonl", lambda p: p.write_text(lines))
+
+    def load_state(self, run: Run) -> None:
+        """Puts `run` where the checkpoint was taken; changes no file."""
         path = self.path / "checkpoint.pt"
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
             run.load_state_dict(state)
         except FileNotFoundError as error:
-            raise UsageError(f"No run to resume in {self.path}: checkpoint.pt is missing.") from error
+            raise UsageError(f"No run in {self.path}: checkpoint.pt is missing.") from error
         except Exception as error:
             raise UsageError(f"{path} is broken or belongs to another model: start the run again.") from error
-        lines = "".join(to_json(asdict(record)) + "\n" for record in run.history)
-        write_atomically(self.path / "metrics.jsonl", lambda p: p.write_text(lines))

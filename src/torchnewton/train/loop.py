@@ -99,10 +99,15 @@ _PLACE = ("order", "step", "cpu_seconds", "wall_seconds", "gradient_equivalents"
 
 @dataclass(frozen=True)
 class Budget:
-    """When a run ends: after `epochs`, or after CPU `seconds` (wall-clock seconds on an accelerator)."""
+    """When a run ends: after `epochs`, or after CPU `seconds` (wall-clock seconds on an accelerator).
+
+    With `loss` it ends sooner: once the mean loss over all training data, looked at ten times an epoch, is as low. The
+    last step is then cut short where it reaches that loss, so that methods with long steps end at the same loss.
+    """
 
     epochs: int | None = None
     seconds: float | None = None
+    loss: float | None = None
 
     def used(self, run: Run) -> float:
         """The used fraction of the budget."""
@@ -110,6 +115,12 @@ class Budget:
             return run.step / (self.epochs * run.steps_per_epoch)
         seconds = run.cpu_seconds if run.data.x_train.device.type == "cpu" else run.wall_seconds
         return seconds / self.seconds if self.seconds else 1.0
+
+    def has_reached(self, run: Run) -> bool:
+        """Whether the training loss is as low as `loss`; the look is no part of the run's time."""
+        if self.loss is None or run.step % max(1, run.steps_per_epoch // 10):
+            return False
+        return training_loss(run) <= self.loss
 
     def is_evaluation_due(self, run: Run, before: float) -> bool:
         """Every epoch, or at marks of the seconds, dense at the start; `before` is `used` a step ago."""
@@ -127,19 +138,25 @@ def train(
 ) -> str:
     """Trains until the budget is spent or `on_step` returns true.
 
-    Returns `finished`, `interrupted`, or `diverged` where the model no longer predicts numbers.
+    Returns `finished`, `interrupted`, `training loss reached`, or `diverged` where the model predicts no numbers.
     """
     if not run.history:
         run.history.append(evaluate(run))
         on_record(run)
     used = budget.used(run)
     while used < 1:
+        before = [p.detach().clone() for p in run.model.parameters()] if budget.loss else []
         train_step(run)
-        if budget.is_evaluation_due(run, before=used):
+        reached = budget.has_reached(run)
+        if reached and budget.loss:
+            cut_last_step(run, before, budget.loss)
+        if reached or budget.is_evaluation_due(run, before=used):
             run.history.append(evaluate(run))
             on_record(run)
             if not run.history[-1].is_finite():
                 return "diverged"
+        if reached:
+            return "training loss reached"
         used = budget.used(run)
         if on_step(run):
             return "interrupted"
@@ -167,6 +184,28 @@ def train_step(run: Run) -> None:
     run.step += 1
 
 
+@torch.no_grad()
+def cut_last_step(run: Run, before: list[Tensor], loss: float) -> None:
+    """Moves the parameters back towards `before` to where the training loss is `loss`, by 20 bisections.
+
+    They stay where `before` is as low already. Buffers and the optimizer's state are those after the whole step.
+    """
+    params = list(run.model.parameters())
+    after = [p.clone() for p in params]
+    high, low = 0.0, 1.0  # fractions of the step above and below the loss
+
+    def move(fraction: float) -> float:
+        for p, a, b in zip(params, before, after, strict=True):
+            p.copy_(a.lerp(b, fraction))
+        return training_loss(run)
+
+    if move(high) > loss:
+        for _ in range(20):
+            middle = (high + low) / 2
+            high, low = (middle, low) if move(middle) > loss else (high, middle)
+    move(low)
+
+
 def next_batch(run: Run) -> tuple[Tensor, Tensor]:
     """The next batch of a shuffle that is drawn anew for each epoch."""
     position = run.step % run.steps_per_epoch
@@ -187,6 +226,11 @@ def loss_function(output: Tensor, y: Tensor) -> Tensor:
     if y.is_floating_point():
         return F.mse_loss(output, y)
     return F.cross_entropy(output.flatten(0, -2), y.flatten())
+
+
+def training_loss(run: Run) -> float:
+    """The mean loss over all training data, in evaluation mode."""
+    return _measure(run.model, run.data.x_train, run.data.y_train)[0]
 
 
 def evaluate(run: Run) -> Record:

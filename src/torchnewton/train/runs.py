@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -44,9 +45,10 @@ class Settings:
     seed: int = 0
     device: str = "cpu"
     threads: int = 1
+    until_loss: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("lr", "batch_size", "epochs", "seconds", "threads"):
+        for name in ("lr", "batch_size", "epochs", "seconds", "threads", "until_loss"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 option = name.replace("_", "-")
@@ -60,8 +62,8 @@ class Settings:
     def budget(self) -> Budget:
         """The budget; epochs by method unless one is set."""
         if self.seconds:
-            return Budget(seconds=self.seconds)
-        return Budget(epochs=self.epochs or METHODS[self.method].epochs)
+            return Budget(seconds=self.seconds, loss=self.until_loss)
+        return Budget(epochs=self.epochs or METHODS[self.method].epochs, loss=self.until_loss)
 
 
 def make_run(settings: Settings, data: tasks.Dataset | None = None) -> tuple[Settings, Run]:
@@ -114,31 +116,41 @@ def train_new(settings: Settings, out: str | None, overwrite: bool, console: Con
     full, run = make_run(settings)
     stem = f"{run.data.name}-{full.model.replace(':', '-')}-{full.method}"
     folder = RunFolder(Path(out) if out is not None else free_name(stem))
-    new_folder(folder.path, overwrite, folder.FILES)
+    new_folder(folder.path, overwrite, (*folder.FILES, *folder.SPECTRUM_FILES))
     data_dir = str(Path(full.data_dir).resolve())
     stored = asdict(replace(full, data=tasks.absolute(full.data), data_dir=data_dir))
     folder.write_config({"settings": stored, "about": describe(run)})
     return _train_in(folder, full, run, console)
 
 
-def train_resumed(path: str, epochs: int | None, seconds: float | None, console: Console) -> int:
+def train_resumed(
+    path: str, epochs: int | None, seconds: float | None, until_loss: float | None, console: Console
+) -> int:
     """Continues the run in folder `path`, with a new budget where one is given; returns the exit code."""
     folder = RunFolder(Path(path))
-    config = folder.read_config()
-    try:
-        settings = Settings(**config["settings"])
-    except TypeError as error:
-        raise UsageError(f"No run to resume in {path}: config.json has unknown settings.") from error
+    config, settings = stored_settings(folder)
     if epochs or seconds:
         settings = replace(settings, epochs=epochs, seconds=seconds)
+    if until_loss:
+        settings = replace(settings, until_loss=until_loss)
     settings, run = make_run(settings)
     folder.load(run)
     if settings.budget.used(run) >= 1:
         raise UsageError(f"The run in {path} has used its budget: give a larger --epochs or --seconds.")
-    folder.write_config(
-        {**config, "settings": {**config["settings"], "epochs": settings.epochs, "seconds": settings.seconds}}
-    )
+    if settings.budget.has_reached(run):
+        raise UsageError(f"The run in {path} has reached its training loss: give a smaller --until-loss.")
+    changed = {name: getattr(settings, name) for name in ("epochs", "seconds", "until_loss")}
+    folder.write_config({**config, "settings": {**config["settings"], **changed}})
     return _train_in(folder, settings, run, console)
+
+
+def stored_settings(folder: RunFolder) -> tuple[dict[str, Any], Settings]:
+    """The content of a run folder's `config.json`, and the settings in it."""
+    config = folder.read_config()
+    try:
+        return config, Settings(**config["settings"])
+    except TypeError as error:
+        raise UsageError(f"No run in {folder.path}: config.json has unknown settings.") from error
 
 
 def _train_in(folder: RunFolder, settings: Settings, run: Run, console: Console) -> int:
@@ -162,6 +174,9 @@ def _train_in(folder: RunFolder, settings: Settings, run: Run, console: Console)
         console.print(f"Interrupted and saved; continue with: torchnewton train --resume {folder.path}", soft_wrap=True)
         return 130
     console.print(summary(run, status))
+    if settings.until_loss is not None and status == "finished":
+        missed = f"The training loss did not reach {settings.until_loss:g}: give more --epochs or --seconds."
+        console.print(missed, highlight=False, soft_wrap=True)
     console.print(f"Saved in {folder.path}: {', '.join(folder.FILES)}", soft_wrap=True)
     return 0
 
