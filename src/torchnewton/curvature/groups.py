@@ -34,12 +34,12 @@ class OutputGroup:
 
 
 def output_groups(tape: Tape) -> list[OutputGroup]:
-    """The outputs by term and number of samples."""
+    """The outputs by term and number of samples; those without samples or without a sample dimension are left out."""
     groups = []
     for number, term in enumerate(tape.terms):
         members: dict[int, list[int]] = {}
         for i, z in enumerate(term.outputs):
-            if z.dim():
+            if z.dim() and z.shape[0]:
                 members.setdefault(z.shape[0], []).append(i)
         for n, found in members.items():
             width = sum(term.outputs[i].numel() for i in found) // n

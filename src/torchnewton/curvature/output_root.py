@@ -13,6 +13,8 @@ from torchnewton.record import NotPerSampleError, Term
 
 Product = Callable[[Tensor], Tensor]
 
+_CROSS_ENTROPIES = {"cross_entropy", "nll_loss", "kl_div"}
+
 
 @dataclass(frozen=True)
 class OutputRoot:
@@ -75,8 +77,13 @@ def output_root(term: Term, group: OutputGroup) -> OutputRoot:
     if root is None and len(group.members) == 1:
         shape = term.outputs[group.members[0]].shape
         for dim in {1, len(shape) - 1} if len(shape) > 1 else ():
-            root = root or _softmax(product, z.view(shape), dim, probe, curved)
+            root = root or _softmax(product, z.view(shape), dim, probe, curved, _is_cross_entropy(term, group))
     return root or _general(product, probe, curved)
+
+
+def _is_cross_entropy(term: Term, group: OutputGroup) -> bool:
+    edges = {term.edges[i] for i in group.members}
+    return all(piece.name in _CROSS_ENTROPIES for piece in term.pieces if edges & set(piece.edges))
 
 
 def _diagonal(product: Product, probe: Tensor, curved: Tensor) -> OutputRoot | None:
@@ -86,8 +93,14 @@ def _diagonal(product: Product, probe: Tensor, curved: Tensor) -> OutputRoot | N
     return OutputRoot(_nonnegative(diagonal, diagonal.abs().amax()).sqrt())
 
 
-def _softmax(product: Product, z: Tensor, dim: int, probe: Tensor, curved: Tensor) -> OutputRoot | None:
-    """With classes in dimension `dim`; the dimensions between samples and classes are places with a B each."""
+def _softmax(
+    product: Product, z: Tensor, dim: int, probe: Tensor, curved: Tensor, is_cross_entropy: bool
+) -> OutputRoot | None:
+    """With classes in dimension `dim`; the dimensions between samples and classes are places with a B each.
+
+    The product with B is compared up to the rounding of p ⊙ u where the loss is known to be a cross entropy: what is
+    left of it in a fitted sample is less than that. Any other B must agree to its own rounding.
+    """
     n, classes = z.shape[0], z.shape[dim]
     p = z.softmax(dim).movedim(dim, -1)
 
@@ -103,7 +116,7 @@ def _softmax(product: Product, z: Tensor, dim: int, probe: Tensor, curved: Tenso
     alpha = (unit * found).sum(-1, keepdim=True) / (unit * unit).sum(-1, keepdim=True)
     alpha = torch.where(unit.abs().amax(-1, keepdim=True) > torch.finfo(z.dtype).tiny ** 0.5, alpha, 0.0)
     u = moved(probe)
-    if not _close(alpha * unit_product(u), moved(curved), alpha * p * u):
+    if not _close(alpha * unit_product(u), moved(curved), alpha * p * u if is_cross_entropy else None):
         return None
     q = (_nonnegative(alpha, alpha.abs().amax()) * p).sqrt()
     w = p.sqrt()
@@ -131,12 +144,12 @@ def _general(product: Product, probe: Tensor, curved: Tensor) -> OutputRoot:
     if not _close(torch.bmm(B, probe.unsqueeze(2)).squeeze(2), curved):
         raise NotPerSampleError("the loss mixes samples")
     values, basis = torch.linalg.eigh(((B + B.mT) / 2).double())
-    values = _nonnegative(values, values.abs().amax())
+    values = _nonnegative(values, values.abs().amax().to(probe.dtype))
     return OutputRoot((basis * values.sqrt().unsqueeze(1)).to(probe.dtype))
 
 
 def _nonnegative(values: Tensor, scale: Tensor) -> Tensor:
-    tolerance = torch.finfo(torch.float32).eps * float(scale)
+    tolerance = max(torch.finfo(torch.float32).eps, _rtol(scale.dtype)) * float(scale)
     if bool((values < -tolerance).any()):
         raise NotPerSampleError("the output Hessian of a loss is not positive semidefinite")
     return values.clamp(min=0)
@@ -145,4 +158,8 @@ def _nonnegative(values: Tensor, scale: Tensor) -> Tensor:
 def _close(found: Tensor, expected: Tensor, scale: Tensor | None = None) -> bool:
     """Whether the two agree to rounding, relative to `scale` or to the second."""
     size = (expected if scale is None else scale).norm()
-    return bool((found - expected).norm() <= torch.finfo(found.dtype).eps ** 0.65 * size)
+    return bool((found - expected).norm() <= _rtol(found.dtype) * size)
+
+
+def _rtol(dtype: torch.dtype) -> float:
+    return float(torch.finfo(dtype).eps ** 0.65)

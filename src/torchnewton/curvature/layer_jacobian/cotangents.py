@@ -77,5 +77,5 @@ def _shared(values: Tensor) -> SharedCotangents | None:
 
 
 def _close(found: Tensor, expected: Tensor) -> bool:
-    tolerance = 1000 * torch.finfo(found.dtype).eps
+    tolerance = 100 * torch.finfo(found.dtype).eps
     return bool((found - expected).norm() <= tolerance * expected.norm())

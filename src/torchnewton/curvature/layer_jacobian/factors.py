@@ -162,8 +162,11 @@ def _cuts(
         widths = sum(group.width for group in groups if group.num_samples == layer.num_samples)
         return float(tape.params[0].element_size()) * entries * widths
 
+    def price(layer: Layer) -> float:
+        return bytes_of(layer, layer.output_shape.numel()) / max(layer.forward_flops, 1.0)
+
     cuts, left_out, total = {}, [], 0.0
-    for layer in sorted(layers, key=lambda layer: bytes_of(layer, layer.output_shape.numel()) / max(layer.forward_flops, 1.0)):
+    for layer in sorted(layers, key=price):
         cut = None
         if bytes_of(layer, layer.output_shape.numel()) <= 16 * max_bytes:
             cut = find_cut(layer.call.edge, layer.output_shape, users, tape.sizes, tape.params[0])

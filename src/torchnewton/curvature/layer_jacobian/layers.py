@@ -29,6 +29,8 @@ _ARGUMENTS: Mapping[Any, tuple[str, ...]] = {
     F.rms_norm: ("input", "normalized_shape", "weight"),
 }
 _CONVOLUTIONS = {torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3}
+_TRANSPOSED = {torch.conv_transpose1d: 1, torch.conv_transpose2d: 2, torch.conv_transpose3d: 3}
+_NORMALIZATIONS = {F.layer_norm, F.rms_norm, F.group_norm, F.batch_norm}
 
 
 def layer_of(call: LayerCall, positions: Mapping[int, int]) -> Layer | None:
@@ -45,15 +47,29 @@ def layer_of(call: LayerCall, positions: Mapping[int, int]) -> Layer | None:
         return None
     if arguments.get("max_norm") is not None or arguments.get("scale_grad_by_freq"):
         return None
+    if not all(p.numel() for p in call.parameters):
+        return None
     x = arguments["input"]
-    if x.dim() < 1 or x.shape[0] != call.output_shape[0] or id(x) in slots:
+    if x.dim() <= _dims_of_sample(call.function, arguments) or x.shape[0] != call.output_shape[0] or id(x) in slots:
         return None
     kind: type[Layer] = Layer
-    if call.function is F.linear and x.dim() > 1:
+    if call.function is F.linear and arguments["weight"].dim() == 2:
         kind = Linear
-    elif call.function in _CONVOLUTIONS and x.dim() == _CONVOLUTIONS[call.function] + 2:
+    elif call.function in _CONVOLUTIONS:
         kind = Convolution
+    elif call.function in _NORMALIZATIONS:
+        kind = Normalization
     return kind(call, arguments, positions)
+
+
+def _dims_of_sample(function: Any, arguments: Mapping[str, Any]) -> int:
+    """The dimensions that the input of a single sample has at least; one more and the first is that of the samples."""
+    if function in (F.layer_norm, F.rms_norm):
+        return len(arguments["normalized_shape"])
+    dims = _CONVOLUTIONS.get(function, _TRANSPOSED.get(function))
+    if dims is not None:
+        return dims + 1
+    return 0 if function is F.embedding else 1
 
 
 class Layer:
@@ -151,6 +167,52 @@ class Layer:
     def columns(self, cotangents: Tensor, chunk_bytes: float) -> Iterator[Tensor]:
         """The rows in all parameters of the layer, some columns at a time, N × M × columns, in any order."""
         yield torch.cat([rows for _, rows in self.rows(cotangents)], dim=2)
+
+
+class Normalization(Layer):
+    """s = w ⊙ x̂ + b: Layer-, RMS-, Group- and BatchNorm, whose x̂ may mix samples."""
+
+    @cached_property
+    def normalized(self) -> Tensor:
+        """x̂."""
+        parameters = zip(self.positions, self._parameters, strict=True)
+        return self._call(
+            {p: torch.ones_like(t) if p == self.weight_position else torch.zeros_like(t) for p, t in parameters}
+        )
+
+    def product(self, v: Mapping[int, Tensor]) -> Tensor:
+        """ẇ ⊙ x̂ + ḃ."""
+        s = torch.zeros(self.output_shape, dtype=self.dtype, device=self.input.device)
+        if self.weight_position is not None:
+            s = s + self._spread(v[self.weight_position]) * self.normalized
+        return s if self.bias_position is None else s + self._spread(v[self.bias_position])
+
+    def adjoint(self, delta: Tensor) -> list[tuple[int, Tensor]]:
+        """Sums over the places that share a number of w."""
+        return [(p, rows.sum((0, 1))) for p, rows in self.rows(delta.unsqueeze(1))]
+
+    def rows(self, cotangents: Tensor) -> list[tuple[int, Tensor]]:
+        """See `Layer.rows`."""
+        found = []
+        if self.weight_position is not None:
+            found.append((self.weight_position, self._gather(cotangents * self.normalized.unsqueeze(1))))
+        if self.bias_position is not None:
+            found.append((self.bias_position, self._gather(cotangents)))
+        return found
+
+    @property
+    def _is_by_channel(self) -> bool:
+        return "normalized_shape" not in self.arguments
+
+    def _spread(self, p: Tensor) -> Tensor:
+        return p.view(-1, *[1] * (len(self.output_shape) - 2)) if self._is_by_channel else p
+
+    def _gather(self, rows: Tensor) -> Tensor:
+        """Sums over the places of a channel, or over the dimensions in front of the normalized ones."""
+        n, m = rows.shape[:2]
+        if self._is_by_channel:
+            return rows.reshape(n, m, self.output_shape[1], -1).sum(-1)
+        return rows.reshape(n, m, -1, self._parameters[0].numel()).sum(2)
 
 
 class Paired(Layer):
