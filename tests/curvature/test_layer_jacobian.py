@@ -58,6 +58,7 @@ def agrees(tape: tn.Tape, e: Reference, rtol: float = 1e-10, max_bytes: float = 
         rows = R.rows().double()
         assert_close(rows.T @ rows, e.gauss_newton, rtol)
         assert_close(R.gram(DOUBLE), rows @ rows.T, rtol)
+        assert_close(flat(R.diagonal()), e.gauss_newton.diagonal(), rtol)
     return J
 
 
@@ -155,6 +156,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "transposed 3d": (lambda: nn.ConvTranspose3d(1, 2, 2, bias=False), (2, 1, 2, 2, 1)),
     "linear": (lambda: nn.Linear(3, 2, bias=False), (4, 3)),
     "linear on sequences": (lambda: nn.Sequential(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 2)), (2, 4, 3)),
+    "linear with pooled outputs": (lambda: nn.Sequential(nn.Linear(3, 6), nn.MaxPool1d(2), nn.ReLU()), (4, 3)),
     "linear on images": (lambda: nn.Linear(3, 2), (2, 2, 2, 3)),
     "layer norm": (lambda: nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4)), (3, 3)),
     "layer norm of two dims": (lambda: nn.LayerNorm((2, 3)), (3, 4, 2, 3)),

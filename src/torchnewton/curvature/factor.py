@@ -166,7 +166,7 @@ class LayerRows(WeightedRows):
         for component in self._components:
             layer = component[0].layer
             if len(component) == 1 and isinstance(layer, Linear) and layer.places == 1:
-                D = component[0].cotangents.dense().square().sum(1)
+                D = self._cotangents(component[0]).flatten(2).square().sum(1)
                 for position, entries in layer.adjoint_of(D, layer.input.flatten(1).square()):
                     total[position] = entries.view_as(params[position])
                 continue

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from torchnewton.curvature.groups import OutputGroup
@@ -111,7 +112,8 @@ def _softmax(
         return p * u - p * (p * u).sum(-1, keepdim=True)
 
     # zero at the most probable class: no cancellation where a sample is fitted and B all but vanishes
-    rest = torch.ones_like(p).scatter(-1, p.argmax(-1, keepdim=True), 0.0)
+    k = p.argmax(-1, keepdim=True)
+    rest = torch.ones_like(p).scatter(-1, k, 0.0)
     unit, found = unit_product(rest), moved(product(rest.movedim(-1, dim).reshape(n, -1)))
     alpha = (unit * found).sum(-1, keepdim=True) / (unit * unit).sum(-1, keepdim=True)
     alpha = torch.where(unit.abs().amax(-1, keepdim=True) > torch.finfo(z.dtype).tiny ** 0.5, alpha, 0.0)
@@ -119,11 +121,13 @@ def _softmax(
     if not _close(alpha * unit_product(u), moved(curved), alpha * p * u if is_cross_entropy else None):
         return None
     q = (_nonnegative(alpha, alpha.abs().amax()) * p).sqrt()
-    w = p.sqrt()
-    w = torch.cat([w[..., :-1], w[..., -1:] + 1], dim=-1)
+    # Q: all columns but the k-th of the reflection that takes √p to the k-th unit vector
+    w = p.sqrt() + (1 - rest)
     w = w / w.norm(dim=-1, keepdim=True)
-    unit_matrix = torch.eye(classes, classes - 1, dtype=z.dtype, device=z.device)
-    Q = unit_matrix - 2 * w.unsqueeze(-1) * w[..., :-1].unsqueeze(-2)
+    others = torch.arange(classes - 1, device=z.device).expand(*p.shape[:-1], -1)
+    others = others + (others >= k)
+    units = F.one_hot(others, classes).mT
+    Q = units - 2 * w.unsqueeze(-1) * w.gather(-1, others).unsqueeze(-2)
     root = (q.unsqueeze(-1) * Q).reshape(n, -1, classes, classes - 1)
     places = root.shape[1]
     if places == 1:
