@@ -89,9 +89,10 @@ def how(points: Sequence[EndPoint], question: Question) -> list[str]:
             "± is the standard error over the probes"
         )
         half = [p.spectrum.halved().share(below=FLAT).value - p.flat.value for p in points]
+        most = max(p.spectrum.share_bounds(-FLAT, FLAT)[1] for p in points)
         lines.append(
             f"With half of the iterations the share |λ| < {NAME} changes by {100 * min(half):+.1f} to "
-            f"{100 * max(half):+.1f} points: so much of it may be unresolved"
+            f"{100 * max(half):+.1f} points; more would make it {100 * most:.0f} % at most"
         )
     if any(len(group) > 1 for group in groups(points).values()):
         lines.append("In the rows of means, ± is the standard deviation over the seeds")
