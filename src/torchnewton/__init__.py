@@ -2,6 +2,7 @@
 
 from torchnewton.analysis import Spectrum, spectrum
 from torchnewton.curvature import (
+    KFAC,
     Autodiff,
     Average,
     ComplexPair,
@@ -49,6 +50,7 @@ from torchnewton.solvers import (
 
 __all__ = [
     "CG",
+    "KFAC",
     "MINRES",
     "SGN",
     "Armijo",

@@ -11,10 +11,12 @@ from torchnewton.curvature.gauss_newton import GaussNewton
 from torchnewton.curvature.gram import Gram
 from torchnewton.curvature.hessian import Hessian
 from torchnewton.curvature.jacobian import Jacobian
+from torchnewton.curvature.kfac import KFAC
 from torchnewton.curvature.layer_jacobian import LayerJacobian
 from torchnewton.curvature.operator import Diagonal, LinearOperator
 
 __all__ = [
+    "KFAC",
     "Autodiff",
     "Average",
     "Blocks",

@@ -1,0 +1,5 @@
+"""Kronecker-factored curvature."""
+
+from torchnewton.curvature.kfac.kfac import KFAC
+
+__all__ = ["KFAC"]
