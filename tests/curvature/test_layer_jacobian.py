@@ -597,3 +597,12 @@ def test_rows_refuse_what_is_not_by_sample():
         with pytest.raises(NotPerSampleError, match="without explicit factors"):
             form()
     assert isinstance(R, factor.WeightedRows)
+
+
+def test_no_samples_at_all():
+    model, x = nn.Linear(3, 2).double(), uniform(4, 3).double()
+    tape = tn.record(lambda: squares(model(x[:0])), list(model.parameters()))
+    A = tn.GaussNewton(tape, LayerJacobian(tape))
+    assert not (A @ torch.ones(8).double()).any()
+    assert not A.to_dense().any()
+    assert tn.Auto().solve(A + 1, tape.descent).status is tn.Status.CONVERGED

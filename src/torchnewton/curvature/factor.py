@@ -107,7 +107,8 @@ class LayerRows(WeightedRows):
 
     def product(self, v: Sequence[Tensor]) -> Tensor:
         """See `WeightedRows.product`."""
-        return torch.cat([part.reshape(-1) for part in self.factors.product(v)])
+        parts = [part.reshape(-1) for part in self.factors.product(v)]
+        return torch.cat([self.tape.params[0].new_empty(0), *parts])  # no part where no output has samples
 
     def adjoint(self, w: Tensor) -> Vector:
         """See `WeightedRows.adjoint`."""
