@@ -13,18 +13,25 @@ from torchnewton.record import NotPerSampleError, PerSample, Tape
 from torchnewton.vectors import flatten, num_entries
 
 
+MOST_ROW_ENTRIES = 5e8  # numbers of the rows
+
+
 def replayed_rows(tape: Tape) -> StoredRows:
     """R = B^½J from a replay of the closure in which every sample has its own copy of the parameters.
 
     It holds for derivatives inside the loss as well. Cost: a forward pass and a backward pass for each of the M numbers
     a sample has in the outputs. Checked against ordinary products with random vectors; raises `NotPerSampleError` when
-    the closure mixes samples (BatchNorm, a loss over pairs) or a call cannot be taken apart.
+    the closure mixes samples (BatchNorm, a loss over pairs), a call cannot be taken apart, or there are more than
+    `MOST_ROW_ENTRIES` numbers.
     """
-    if any(z.dim() == 0 for z in tape.outputs):
+    groups, size = output_groups(tape), num_entries(tape.params)
+    if not groups or any(z.dim() == 0 for z in tape.outputs):
         raise NotPerSampleError("an output has no sample dimension")
+    if sum(group.num_samples * group.width for group in groups) * size > MOST_ROW_ENTRIES:
+        raise NotPerSampleError(f"the rows of the Jacobian, {size} numbers each, are too many")
     outputs, replay = tape.per_sample()
     parts = []
-    for group in output_groups(tape):
+    for group in groups:
         rows = _rows(tape, tape.of_term(outputs, group.term), replay, group)
         _check(tape, group, rows)
         parts.append(output_root(tape.terms[group.term], group).weigh(rows).flatten(0, 1))

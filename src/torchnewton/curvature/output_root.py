@@ -12,6 +12,8 @@ from torch import Tensor
 from torchnewton.curvature.groups import OutputGroup
 from torchnewton.record import NotPerSampleError, Term
 
+MOST_ENTRIES = 2e8  # numbers of all roots together
+
 Product = Callable[[Tensor], Tensor]
 
 _CROSS_ENTROPIES = {"cross_entropy", "nll_loss", "kl_div"}
@@ -61,8 +63,8 @@ def output_root(term: Term, group: OutputGroup) -> OutputRoot:
       number of each sample. R = √α · diag(√p) · Q with the C − 1 columns of Q orthogonal to √p: one less than classes;
     - any other: the M columns of B and an eigendecomposition for every sample.
 
-    Each form is taken only if a product with a random vector agrees. Raises `NotPerSampleError` where B mixes samples
-    or is not positive semidefinite.
+    Each form is taken only if a product with a random vector agrees. Raises `NotPerSampleError` where B mixes samples,
+    is not positive semidefinite, or is not diagonal and has more than `MOST_ENTRIES` numbers.
     """
     z = group.join(term.outputs).detach()
 
@@ -75,6 +77,8 @@ def output_root(term: Term, group: OutputGroup) -> OutputRoot:
     probe = torch.randn(z.shape, generator=generator, dtype=z.dtype, device=z.device)
     curved = product(probe)
     root = _diagonal(product, probe, curved)
+    if root is None and probe.numel() * group.width > MOST_ENTRIES:
+        raise NotPerSampleError(f"{group.num_samples} output Hessians of {group.width}×{group.width} are too many")
     if root is None and len(group.members) == 1:
         shape = term.outputs[group.members[0]].shape
         for dim in {1, len(shape) - 1} if len(shape) > 1 else ():

@@ -177,7 +177,8 @@ class _Process:
         if not self.finite:
             return
         self.largest = max(self.largest, abs(a) + length + (self.beta[-1] if self.beta else 0.0))
-        if length <= (len(self.basis) + 1) * torch.finfo(w[0].dtype).eps * self.largest:
+        whole_space = self.rows is not None and self.rows.size == num_entries(w)  # what is left is rounding
+        if whole_space or length <= (len(self.basis) + 1) * torch.finfo(w[0].dtype).eps * self.largest:
             length = 0.0
         self.alpha.append(a)
         self.beta.append(length)
