@@ -34,10 +34,10 @@ class DataProblem:
     def trial(self, make: Make, batch: int | None, seed: int) -> Trial:
         torch.manual_seed(seed)
         model, x, y = models.build(self.model, self.data), self.data.x_train, self.data.y_train
-        batches = _batches(len(x), batch or len(x), torch.Generator().manual_seed(seed))
+        indices = batches(len(x), batch or len(x), torch.Generator().manual_seed(seed))
 
         def draw() -> Callable[[], Tensor]:
-            index = next(batches)
+            index = next(indices)
             xs, ys = (x, y) if index is None else (x[index], y[index])
             return lambda: loss_function(model(xs), ys)
 
@@ -51,7 +51,7 @@ class DataProblem:
         return float((output.argmax(-1) == y).double().mean())
 
 
-def _batches(n: int, size: int, generator: torch.Generator) -> Iterator[Tensor | None]:
+def batches(n: int, size: int, generator: torch.Generator) -> Iterator[Tensor | None]:
     """Full batches of one shuffle after another; None stands for all samples as they lie."""
     while True:
         if size >= n:

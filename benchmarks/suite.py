@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import measure, report
+from benchmarks import measure
 from benchmarks.problems import Problem
 from benchmarks.rows import collect
 from benchmarks.store import Key, Run, Store, about
@@ -59,6 +59,8 @@ def run_task(task: Task, seeds: int, data_dir: Path, store: Store) -> None:
 
 
 def main() -> None:
+    from benchmarks import report  # which needs what the other benchmarks need
+
     parser = argparse.ArgumentParser(prog="python -m benchmarks.suite", description=__doc__.split("\n")[0])
     parser.add_argument("--task", action="append", choices=list(TASKS), help="again for each; default: all")
     parser.add_argument("--data-dir", type=Path, default=Path("data"), help="the folder of the MNIST files")

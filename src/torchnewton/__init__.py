@@ -8,11 +8,13 @@ from torchnewton.curvature import (
     ComplexPair,
     ComplexStep,
     ComplexStepHessian,
+    DifferenceJacobian,
     EmpiricalFisher,
     Estimate,
     FiniteDifference,
     GaussNewton,
     Gram,
+    Halves,
     Hessian,
     Jacobian,
     LayerJacobian,
@@ -26,8 +28,9 @@ from torchnewton.globalization import (
     FullStep,
     LevenbergMarquardt,
     ScheduledDamping,
+    TrustRegion,
 )
-from torchnewton.optim import SGN, GeodesicAcceleration, Newton, StepReport
+from torchnewton.optim import SGN, GeodesicAcceleration, Newton, NewtonCG, NewtonKrylov, SaddleEscape, StepReport
 from torchnewton.record import RecordError, Tape, outputs, record
 from torchnewton.solvers import (
     CG,
@@ -46,6 +49,7 @@ from torchnewton.solvers import (
     SolveResult,
     Status,
     SteihaugCG,
+    UntilDisturbed,
 )
 
 __all__ = [
@@ -64,6 +68,7 @@ __all__ = [
     "ComplexStep",
     "ComplexStepHessian",
     "ConstantDamping",
+    "DifferenceJacobian",
     "Direct",
     "Dual",
     "EmpiricalFisher",
@@ -73,6 +78,7 @@ __all__ = [
     "GaussNewton",
     "GeodesicAcceleration",
     "Gram",
+    "Halves",
     "Hessian",
     "Jacobi",
     "Jacobian",
@@ -82,9 +88,12 @@ __all__ = [
     "MartensProgress",
     "MaxNorm",
     "Newton",
+    "NewtonCG",
+    "NewtonKrylov",
     "Nystrom",
     "Plane",
     "RecordError",
+    "SaddleEscape",
     "ScheduledDamping",
     "SolveResult",
     "Spectrum",
@@ -92,6 +101,8 @@ __all__ = [
     "SteihaugCG",
     "StepReport",
     "Tape",
+    "TrustRegion",
+    "UntilDisturbed",
     "complex_step_rule",
     "directional_derivative",
     "outputs",

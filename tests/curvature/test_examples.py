@@ -12,7 +12,7 @@ import torchnewton as tn
 from torchnewton import curvature
 
 
-@pytest.mark.parametrize("name", ["average", "block_diagonal", "fisher", "hessian"])
+@pytest.mark.parametrize("name", ["average", "block_diagonal", "fisher", "halves", "hessian"])
 def test_examples_in_docstrings(name):
     module = importlib.import_module(f"torchnewton.curvature.{name}")
     names = {**vars(module), **vars(curvature), **vars(tn), "torch": torch}

@@ -19,11 +19,19 @@ METHODS: dict[str, Callable[..., tn.Newton]] = {
     "newton-direct": partial(tn.Newton, solver=tn.Direct(), weight_decay=1e-3),
     "newton-backtracking": partial(tn.Newton, line_search=BACKTRACKING),
     "newton-retries": partial(tn.Newton, retries=12, line_search=tn.Armijo(decrease=0.9, max_halvings=0)),
+    "newton-krylov": tn.NewtonKrylov,
+    "newton-krylov-halves": partial(tn.NewtonKrylov, disagreement=1.0),
+    "published-newton-cg": tn.NewtonCG,
     "sgn": tn.SGN,
     "sgn-momentum": partial(tn.SGN, momentum=0.5, preconditioner_exponent=0.75, max_iterations=3),
 }
 
 LONG_RUNS = ("newton", "newton-cg", "newton-direct", "sgn-momentum")
+
+
+def is_more_careful(now: tn.StepReport, before: tn.StepReport) -> bool:
+    """After a failure λ is raised, or the trust radius reduced."""
+    return now.damping > before.damping or now.radius < before.radius
 
 
 def make_model() -> nn.Module:

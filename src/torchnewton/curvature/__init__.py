@@ -4,11 +4,13 @@ from torchnewton.curvature.average import Average
 from torchnewton.curvature.block_diagonal import Blocks
 from torchnewton.curvature.complex_step import ComplexPair, ComplexStepHessian, complex_step_rule
 from torchnewton.curvature.cost_model import forward_flops
+from torchnewton.curvature.difference_jacobian import DifferenceJacobian
 from torchnewton.curvature.directional import Autodiff, ComplexStep, FiniteDifference, directional_derivative
 from torchnewton.curvature.estimate import Estimate
 from torchnewton.curvature.fisher import EmpiricalFisher
 from torchnewton.curvature.gauss_newton import GaussNewton
 from torchnewton.curvature.gram import Gram
+from torchnewton.curvature.halves import Halves
 from torchnewton.curvature.hessian import Hessian
 from torchnewton.curvature.jacobian import Jacobian
 from torchnewton.curvature.kfac import KFAC
@@ -24,11 +26,13 @@ __all__ = [
     "ComplexStep",
     "ComplexStepHessian",
     "Diagonal",
+    "DifferenceJacobian",
     "EmpiricalFisher",
     "Estimate",
     "FiniteDifference",
     "GaussNewton",
     "Gram",
+    "Halves",
     "Hessian",
     "Jacobian",
     "LayerJacobian",

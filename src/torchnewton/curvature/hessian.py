@@ -44,6 +44,16 @@ class Hessian(LinearOperator):
             vectors.add_(total, term.gradient_product(v))
         return total
 
+    @property
+    def covers_whole_loss(self) -> bool:
+        """True."""
+        return True
+
+    @property
+    def gradients_per_product(self) -> float:
+        """Two: six matrix products a layer, a gradient has three."""
+        return 2.0
+
     def costs(self, num_products: int = 1) -> Costs:
         """Product: two gradients. Dense: one product a column."""
         product = 6 * (forward_flops(self.tape) + CALL * len(self.tape.layer_calls))

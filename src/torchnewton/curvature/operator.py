@@ -68,6 +68,16 @@ class LinearOperator(ABC):
         return None
 
     @property
+    def gradients_per_product(self) -> float:
+        """What a product costs in gradients of the same batch, by the count of matrix products a layer."""
+        return max((part.gradients_per_product for part in self.parts), default=4 / 3)
+
+    @property
+    def covers_whole_loss(self) -> bool:
+        """Whether also those parts of the loss count that reach the parameters beside the outputs."""
+        return any(part.covers_whole_loss for part in self.parts)
+
+    @property
     def path(self) -> str:
         """How products are made, where there is more than one way."""
         return ", ".join(part.path for part in self.parts if part.path)

@@ -1,4 +1,4 @@
-"""Damping and line search: numbers only."""
+"""Damping, line search and trust region: numbers only."""
 
 from torchnewton.globalization.damping import (
     AutoDamping,
@@ -9,6 +9,7 @@ from torchnewton.globalization.damping import (
     ScheduledDamping,
 )
 from torchnewton.globalization.line_search import Armijo, FullStep, LineSearch, SearchResult
+from torchnewton.globalization.trust_region import TrustRegion
 
 __all__ = [
     "Armijo",
@@ -21,4 +22,5 @@ __all__ = [
     "LineSearch",
     "ScheduledDamping",
     "SearchResult",
+    "TrustRegion",
 ]

@@ -1,8 +1,11 @@
 """The optimizers: one step loop in `newton`, every named method a composition."""
 
 from torchnewton.optim.acceleration import GeodesicAcceleration
+from torchnewton.optim.escape import SaddleEscape
 from torchnewton.optim.newton import Newton
+from torchnewton.optim.newton_cg import NewtonCG
+from torchnewton.optim.newton_krylov import NewtonKrylov
 from torchnewton.optim.report import StepReport
 from torchnewton.optim.sgn import SGN
 
-__all__ = ["SGN", "GeodesicAcceleration", "Newton", "StepReport"]
+__all__ = ["SGN", "GeodesicAcceleration", "Newton", "NewtonCG", "NewtonKrylov", "SaddleEscape", "StepReport"]

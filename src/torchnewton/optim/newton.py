@@ -14,8 +14,9 @@ from torch.optim import Optimizer
 
 from torchnewton import vectors
 from torchnewton.curvature import Diagonal, GaussNewton, LinearOperator, forward_flops
-from torchnewton.globalization import Armijo, AutoDamping, Damping, LearnsFromNewData, LineSearch
+from torchnewton.globalization import Armijo, AutoDamping, Damping, LearnsFromNewData, LineSearch, TrustRegion
 from torchnewton.optim.acceleration import GeodesicAcceleration
+from torchnewton.optim.escape import SaddleEscape
 from torchnewton.optim.point import Point
 from torchnewton.optim.report import StepReport
 from torchnewton.record import Closure, RecordError, Tape, record, warn_about_rest
@@ -66,9 +67,11 @@ class Newton(Optimizer):
             outputs and CG.
         damping: the rule for λ; `AutoDamping()`.
         line_search: chooses α; `Armijo()`.
+        trust_region: chooses α within a radius that the optimizer remembers, instead of `line_search`; none.
         momentum: β of a running average of the gradients that takes the place of g.
-        preconditioner: approximates (A + λI)⁻¹ for an iterative solver and keeps a memory of earlier steps, as `KFAC()`.
+        preconditioner: approximates (A + λI)⁻¹ for an iterative solver and remembers earlier steps, as `KFAC()`.
         acceleration: a second-order correction of d, made where a factorization exists to be used again.
+        escape: the way out of a saddle, for a curvature that may be negative, with a `trust_region`; none.
         retries: how often a step that the line search refused is solved again in the same step with λ raised.
         weight_decay: w, see above; the only option a parameter group may set.
 
@@ -90,9 +93,11 @@ class Newton(Optimizer):
         solver: Solver | None = None,
         damping: Damping | None = None,
         line_search: LineSearch | None = None,
+        trust_region: TrustRegion | None = None,
         momentum: float = 0.0,
         preconditioner: Preconditioner | None = None,
         acceleration: GeodesicAcceleration | None = GeodesicAcceleration(),
+        escape: SaddleEscape | None = None,
         retries: int = 0,
         weight_decay: float = 0.0,
     ) -> None:
@@ -103,16 +108,25 @@ class Newton(Optimizer):
             raise ValueError(f"{name}: momentum={momentum} must be at least 0 and less than 1.")
         if retries < 0:
             raise ValueError(f"{name}: retries={retries} must not be negative.")
+        if escape is not None and trust_region is None:
+            raise ValueError(f"{name}: escape={escape} goes as far as a radius allows: give a trust_region, too.")
         super().__init__(params, {"weight_decay": weight_decay})
         self.curvature = curvature
         self.solver: Solver = Auto() if solver is None else solver
         self.damping: Damping = AutoDamping() if damping is None else damping
         self.line_search: LineSearch = Armijo() if line_search is None else line_search
+        self.trust_region = trust_region
+        self.escape = escape
         self.momentum = momentum
         self.preconditioner = preconditioner
         self.acceleration = acceleration
         self.retries = retries
         self.report = StepReport()
+
+    @property
+    def radius(self) -> float:
+        """The trust radius of the next step; infinite without `trust_region`."""
+        return math.inf if self.trust_region is None else float(self._memory["radius"])
 
     def solver_at(self, num_steps: int) -> Solver:
         """The solver of a step after `num_steps` others; a named method may change it on the way."""
@@ -147,6 +161,8 @@ class Newton(Optimizer):
         if not pairs:
             raise ValueError(f"{type(self).__name__}.step: no parameter of the optimizer requires a gradient.")
         self.report = StepReport(damping=self._memory["damping"] * (self._memory["scale"] or 1.0))
+        if self.trust_region is not None:
+            self.report.radius = self.radius
         with self._timed("record"):
             point = Point(closure, [p for p, _ in pairs], [w for _, w in pairs], create_graph=self._memory["products"])
         saved = {p: dict(self.state[p]) for group in self.param_groups for p in group["params"] if p in self.state}
@@ -172,7 +188,7 @@ class Newton(Optimizer):
             return "the loss is not finite"
         if not math.isfinite(report.gradient_norm):
             return "the gradient is not finite"
-        if report.gradient_norm == 0:
+        if report.gradient_norm == 0 and self.escape is None:
             report.status = "the gradient is zero: this is a stationary point"
             return ""
         average, gradient = self._averaged(point)
@@ -187,11 +203,15 @@ class Newton(Optimizer):
                 result = self._solve(point, solver, A, gradient)
             if result.status is Status.NOT_FINITE or not vectors.is_finite(result.solution):
                 return Status.NOT_FINITE.value
+            if report.gradient_norm == 0 and vectors.norm(result.solution) == 0:
+                report.status = "the gradient is zero: this is a stationary point"
+                break
             with self._timed("search"):
                 self._search(point, gradient, result)
             if report.accepted:
                 break
-        report.gradient_equivalents += 1 + report.loss_evaluations / 3 + report.products * 4 / 3
+        report.gradient_equivalents += 1 + report.loss_evaluations / 3
+        report.gradient_equivalents += report.products * A.gradients_per_product
         memory["step"] += 1
         if self.momentum:
             for p, m in zip(point.params, average, strict=True):
@@ -201,7 +221,7 @@ class Newton(Optimizer):
     def _find_scale(self, A: LinearOperator, gradient: Vector) -> None:
         """At the first step, for a relative rule: the unit of λ is gᵀAg / gᵀg."""
         memory = self._memory
-        if memory["scale"] is None:
+        if memory["scale"] is None and self.report.gradient_norm > 0:
             curvature = vectors.dot(gradient, A @ gradient) / vectors.dot(gradient, gradient)
             memory["scale"] = curvature if math.isfinite(curvature) and curvature > 0 else 1.0
             self.report.products += 1
@@ -243,7 +263,7 @@ class Newton(Optimizer):
             tape = record(curvature, point.params)
             point.settled_by(tape)
         A = self.curvature(tape)
-        if tape.has_rest and not self._memory["warned"]:
+        if tape.has_rest and not A.covers_whole_loss and not self._memory["warned"]:
             self._memory["warned"] = True
             warn_about_rest()
         if len(set(point.weight_decay)) == 1:
@@ -266,12 +286,15 @@ class Newton(Optimizer):
             if result.status is not Status.NOT_POSITIVE_DEFINITE or raised <= memory["damping"]:
                 break
             memory["damping"] = raised
+        if self.escape is not None and result.status is not Status.NOT_FINITE:
+            result = self.escape.better(result, A + damping, gradient, point.value, self.radius, memory["step"])
         report.solver, report.jacobian = result.method, A.path if result.num_products else ""
         report.status = result.status.value
         report.inner_iterations += result.num_iterations
         report.products += result.num_products
+        report.loss_evaluations += result.num_evaluations
         report.gradient_equivalents += result.flops / max(3 * forward_flops(point.tape), 1.0)
-        memory["products"] = result.num_products > 0 and "explicit" not in report.jacobian
+        memory["products"] = result.num_products > 0 and "kept" in report.jacobian
         return self._best_damping(point, result)
 
     def _best_damping(self, point: Point, result: SolveResult) -> SolveResult:
@@ -298,14 +321,11 @@ class Newton(Optimizer):
         """Judge the direction, choose a step length, move if it is accepted, adapt λ."""
         report, rule, memory, d = self.report, self.damping, self._memory, result.solution
         slope = vectors.dot(gradient, d)
-        if not slope < 0:
+        curved = result.curved(slope)
+        if not (slope < 0 or (slope == 0 and curved < 0)):
             report.status = f"no descent direction was found: {result.status.value}"
             memory["damping"] = rule.raised(memory["damping"])
             return
-        if result.residual is None:
-            curved = result.curvature or 0.0
-        else:
-            curved = -slope - vectors.dot(result.residual, d)  # dᵀ(A + λI)d, from the residual b − (A + λI)d
         if not rule.damped_model:
             curved -= report.damping * vectors.dot(d, d)
         if self.acceleration is not None and result.reuse is not None:
@@ -316,9 +336,16 @@ class Newton(Optimizer):
             report.loss_evaluations += 1
             return point.evaluate(d, step_length)
 
-        full = evaluate(1.0)
-        found = self.line_search.search(evaluate, point.value, slope, full)
-        alpha, value = (1.0, full) if rule.full_step else (found.step_length, found.value)
+        if self.trust_region is None:
+            full = evaluate(1.0)
+            found = self.line_search.search(evaluate, point.value, slope, full)
+            alpha, value = (1.0, full) if rule.full_step else (found.step_length, found.value)
+        else:
+            rounding = 10 * torch.finfo(d[0].dtype).eps * abs(point.value)
+            found, memory["radius"] = self.trust_region.search(
+                evaluate, point.value, slope, curved, vectors.norm(d), self.radius, rounding
+            )
+            alpha, value = found.step_length, found.value
         report.predicted_reduction = -(alpha * slope + 0.5 * alpha**2 * curved)
         report.actual_reduction = point.value - value
         report.reduction_ratio = _ratio(report.actual_reduction, report.predicted_reduction)
@@ -347,6 +374,8 @@ class Newton(Optimizer):
         self.report.accepted = False
         self._memory["last"] = None
         self._memory["damping"] = self.damping.raised(self._memory["damping"])
+        if self.trust_region is not None:
+            self._memory["radius"] = self.trust_region.shrunk(self.radius)
 
     def _check_repeatable(self, point: Point) -> None:
         """At the first step: the closure must give the same loss again."""
@@ -370,6 +399,9 @@ class Newton(Optimizer):
             scale = None if self.damping.relative else 1.0
             state.update(step=0, damping=self.damping.start(), scale=scale, last=None)
             state.update(products=False, checked=False, warned=False)
+            if self.trust_region is not None:
+                params = [p.detach() for group in self.param_groups for p in group["params"]]
+                state["radius"] = self.trust_region.start(vectors.norm(params))
         return state
 
     @contextmanager

@@ -12,8 +12,9 @@ class StepReport:
 
     `loss` is f before the step, as the closure returned it, without `weight_decay`; the reductions are those of
     the objective with it. `reduction_ratio` is `actual_reduction / predicted_reduction`, NaN where no step was
-    judged. `gradient_equivalents` counts the step's work in gradients of the same batch: a forward pass is 1/3, a
-    backward pass 2/3, a curvature product 4/3, and dense linear algebra its floating-point operations over the 6NP
+    judged. `radius` is the trust radius of the step, NaN without one. `gradient_equivalents` counts the step's work in
+    gradients of the same batch: a forward pass is 1/3, a backward pass 2/3, a product 4/3 (of the Hessian 2, by the
+    complex step 8/3), and dense linear algebra its floating-point operations over the 6NP
     of a gradient of a dense network with P parameters on N samples. `seconds` are wall-clock seconds of the parts
     `record`, `solve` and `search`.
     """
@@ -21,6 +22,7 @@ class StepReport:
     loss: float = math.nan
     gradient_norm: float = math.nan
     damping: float = math.nan
+    radius: float = math.nan
     actual_reduction: float = math.nan
     predicted_reduction: float = math.nan
     reduction_ratio: float = math.nan

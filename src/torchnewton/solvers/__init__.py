@@ -13,6 +13,7 @@ from torchnewton.solvers.preconditioners import BlockDiagonal, Jacobi, Precondit
 from torchnewton.solvers.result import Operator, Solver, SolveResult, Status, UsesPreviousStep
 from torchnewton.solvers.steihaug import SteihaugCG
 from torchnewton.solvers.stopping import MartensProgress, MaxNorm, StoppingRule
+from torchnewton.solvers.until_disturbed import UntilDisturbed
 
 __all__ = [
     "CG",
@@ -38,5 +39,6 @@ __all__ = [
     "Status",
     "SteihaugCG",
     "StoppingRule",
+    "UntilDisturbed",
     "UsesPreviousStep",
 ]

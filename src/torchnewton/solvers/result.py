@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from torchnewton.vectors import Vector
+from torchnewton.vectors import Vector, dot
 
 
 class Status(Enum):
@@ -19,6 +19,8 @@ class Status(Enum):
     PROGRESS = "the quadratic model stopped decreasing"
     MAX_ITERATIONS = "the iteration limit was reached"
     NEGATIVE_CURVATURE = "a direction of negative curvature was met"
+    FLAT = "a direction of next to no curvature was met"
+    DISAGREEMENT = "the halves of the batch disagree on the curvature of a direction"
     NOT_POSITIVE_DEFINITE = "the matrix is not positive definite: raise the damping"
     BOUNDARY = "the boundary of the trust region was reached"
     LEAST_SQUARES = "the matrix is singular and the residual is the smallest there is"
@@ -35,7 +37,7 @@ class SolveResult:
     a direction p with pᵀAp ≤ 0 where one was met. `method` names the solver, and the reason where one was chosen.
     `reuse` solves for another right-hand side with the same factorization, where there is one.
     `shifted` solves (A + δI)x = b likewise. `flops` counts the operations of dense linear algebra, rows of the
-    Jacobian included; products are counted apart.
+    Jacobian included; products are counted apart, and so are `num_evaluations` runs of the closure.
     """
 
     solution: Vector
@@ -50,6 +52,11 @@ class SolveResult:
     shifted: Callable[[float], SolveResult] | None = None
     flops: float = 0.0
     curvature: float | None = None
+    num_evaluations: int = 0
+
+    def curved(self, slope: float) -> float:
+        """xᵀAx, given −bᵀx: told by the solver, or from the residual b − Ax."""
+        return (self.curvature or 0.0) if self.residual is None else -slope - dot(self.residual, self.solution)
 
 
 class Operator(Protocol):

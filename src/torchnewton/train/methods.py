@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from torchnewton.optim import SGN, Newton
+from torchnewton.curvature import ComplexStepHessian
+from torchnewton.optim import SGN, Newton, NewtonCG, NewtonKrylov
 from torchnewton.train.data import Dataset
 from torchnewton.train.errors import UsageError, choose
 
@@ -101,6 +102,16 @@ METHODS = {
         epochs=12,
     ),
     "sgn": Method(lambda model, lr: SGN(model.parameters()), small_batch=256, large_batch=1000, epochs=12),
+    "newton-krylov": Method(
+        lambda model, lr: NewtonKrylov(model.parameters()), small_batch=256, large_batch=1000, epochs=12
+    ),
+    "newton-krylov-complex-step": Method(
+        lambda model, lr: NewtonKrylov(model.parameters(), curvature=ComplexStepHessian.of),
+        small_batch=256,
+        large_batch=1000,
+        epochs=12,
+    ),
+    "newton-cg": Method(lambda model, lr: NewtonCG(model.parameters()), small_batch=256, large_batch=1000, epochs=12),
     "adam": Method(lambda model, lr: torch.optim.Adam(model.parameters(), lr=lr), 1e-3, _ADAM_RATES),
     "sgd": Method(
         lambda model, lr: torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9),

@@ -100,6 +100,16 @@ class ComplexStepHessian(LinearOperator):
         """(Hv, gᵀv) of one run."""
         return self.apply(v), self.directional_derivative
 
+    @property
+    def covers_whole_loss(self) -> bool:
+        """True."""
+        return True
+
+    @property
+    def gradients_per_product(self) -> float:
+        """8/3: eight matrix products a layer, a gradient has three."""
+        return 8 / 3
+
     def costs(self, num_products: int = 1) -> Costs:
         """Product: eight matrix products a layer where a gradient has three. Dense: one product a column."""
         product = 8 * self._flops + self._calls
