@@ -22,12 +22,13 @@ HEAD = """{title}
 
     python -m benchmarks.krylov --data-dir DIR --seeds {seeds}
 
-Measured {dates} on {cpus} with torch {torch}. The rules of measurement are those above, but that a run looks at the
-training loss. All methods see the same batches but L-BFGS, which sees all samples, and the first row of Adam, whose
-batch is its usual one; both rows of Adam choose one of five rates by a search. *With the test of halves* ends the
-Krylov loop also where two halves of the batch do not agree on a curvature (`disagreement=1.0`). *CG to its tolerance*
-ends it at 1e-3, 100 iterations, or pᵀHp ≤ 0, where CG cannot go on, and shortens the step to the radius. A gradient is
-one of the method's own batch; a Hessian product counts as two, the test of a direction as two thirds."""
+Measured {dates} on {cpus} with torch {torch}, other programs running beside. The rules of measurement are those
+above, but that a run looks at the training loss. All methods see the same batches but L-BFGS, which sees all
+samples, and the first row of Adam, whose batch is its usual one; both rows of Adam choose one of five rates by a
+search. *With the test of halves* ends the Krylov loop also where two halves of the batch do not agree on a
+curvature (`disagreement=1.0`). *CG to its tolerance* ends it at 1e-3, 100 iterations, or pᵀHp ≤ 0, where CG cannot
+go on, and shortens the step to the radius. A gradient is one of the method's own batch; a Hessian product counts as
+two, the test of a direction as two thirds."""
 
 
 def section(store: Store, seeds: int, tasks: Sequence[Task] = tuple(TASKS.values())) -> str:

@@ -139,7 +139,8 @@ SINE = Task(
 )
 MNIST = Task(
     "krylov-mnist-mlp",
-    "The task mnist-mlp above: 784-20-20-20-10 with sigmoids, cross entropy; on 10,000 of the training images.",
+    "The task mnist-mlp above: 784-20-20-20-10 with sigmoids, cross entropy. Looked at on 10,000 of the training "
+    "images.",
     "training loss",
     targets=(0.3,),
     seconds=6,

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import figures
+from benchmarks import figures, krylov_report
 from benchmarks.criteria import Verdict, verdicts
 from benchmarks.rows import Row, collect
 from benchmarks.store import Store
@@ -61,7 +61,7 @@ def write(tasks: Sequence[Task], seeds: int, folder: Path) -> Path:
     page = folder / "docs/results.md"
     page.parent.mkdir(parents=True, exist_ok=True)
     page.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
-    return page
+    return krylov_report.write(page, krylov_report.section(store, seeds))
 
 
 def _rows(task: Task, seeds: int, store: Store) -> list[Row]:

@@ -33,7 +33,7 @@ class NewtonKrylov(Newton):
         epsilon: ε in units of the greatest curvature the loop has met.
         disagreement: the greatest difference of two halves' curvatures, relative to their sum, that a direction may
             have; 1 is where the curvature is as large as its standard error. It needs a loss that splits and two
-            forward passes an iteration; it saved products but no time where it was measured: the default is no test.
+            forward passes an iteration, more than it saved where it was measured: the default is no test.
         trust_region: `TrustRegion()`.
         escape: `SaddleEscape()`; None to stay with the Krylov loop.
         weight_decay: as for `Newton`.

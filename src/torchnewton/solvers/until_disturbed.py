@@ -31,7 +31,7 @@ class UntilDisturbed:
     Of the vectors that are multiplied with A, p disturbs where
 
         pᵀAp ≤ ε κ ‖p‖²,    κ the greatest pᵀAp / ‖p‖² so far, or
-        |p'A₁p − pᵀA₂p| > `disagreement` · pᵀAp    for halves 1 and 2 of the batch (root mean square over all halves).
+        |pᵀA₁p − pᵀA₂p| > `disagreement` · pᵀAp    for halves 1 and 2 of the batch (root mean square over all halves).
 
     The second test needs an operator that `KnowsDisagreement`, and is left out where it has no answer. Where p is the
     first direction, the solution is the part of it that the model wants: to the minimum along it, or to `radius`
