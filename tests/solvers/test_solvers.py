@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 import torchnewton as tn
 from torchnewton.costs import Costs
-from torchnewton.curvature.factor import StoredRows
 from torchnewton.curvature import Diagonal, LinearOperator
+from torchnewton.curvature.factor import StoredRows
 from torchnewton.vectors import flatten
 
 

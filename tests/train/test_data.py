@@ -145,7 +145,9 @@ def test_missing_standard_files_say_what_to_put_where(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"no gzip", gzip.compress(b"\0\0\x08\x03abc"), gzip.compress(b"\0\0\x0d\x01")]
+    "content",
+    [b"", b"no gzip", gzip.compress(b"\0\0\x08\x03abc"), gzip.compress(b"\0\0\x0d\x01")],
+    ids=["empty", "no gzip", "too short", "another type"],
 )
 def test_a_broken_idx_file(tmp_path, content):
     write_mnist(tmp_path)

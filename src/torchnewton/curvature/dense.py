@@ -12,7 +12,6 @@ from torchnewton.curvature.output_root import output_root
 from torchnewton.record import NotPerSampleError, PerSample, Tape
 from torchnewton.vectors import flatten, num_entries
 
-
 MOST_ROW_ENTRIES = 5e8  # numbers of the rows
 
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from torchnewton.curvature.jacobian import Jacobian
-from torchnewton.record import Tape
-from torchnewton.vectors import Vector, clone, norm
+from torchnewton.record import moved
+from torchnewton.vectors import Vector, norm
 
 
 class DifferenceJacobian(Jacobian):
@@ -19,11 +19,9 @@ class DifferenceJacobian(Jacobian):
     `curvature=lambda tape: GaussNewton(tape, DifferenceJacobian(tape))` a step keeps no second graph.
 
     Cost: a product a forward pass, a third of a gradient. Memory: one vector like the parameters.
-    Errors: `RecordError` when the loss has no split. Accuracy: √ε of the dtype, relative to z and its curvature along v.
+    Accuracy: √ε of the dtype, relative to z and its curvature along v. Errors: `RecordError` when the loss has no
+    split.
     """
-
-    def __init__(self, tape: Tape) -> None:
-        super().__init__(tape)
 
     @property
     def path(self) -> str:
@@ -37,12 +35,6 @@ class DifferenceJacobian(Jacobian):
         if size == 0:
             return [torch.zeros_like(z) for z in self.tape.outputs]
         h = torch.finfo(params[0].dtype).eps ** 0.5 * max(1.0, norm([p.detach() for p in params])) / size
-        kept = clone(params)
-        try:
-            for p, d in zip(params, v, strict=True):
-                p.data.add_(d, alpha=h)  # through .data: the recorded graph stays valid
-            moved = self.tape.evaluate_outputs()
-        finally:
-            for p, k in zip(params, kept, strict=True):
-                p.data.copy_(k)
-        return [(a - z.detach()) / h for a, z in zip(moved, self.tape.outputs, strict=True)]
+        with moved(params, v, h):
+            ahead = self.tape.evaluate_outputs()
+        return [(a - z.detach()) / h for a, z in zip(ahead, self.tape.outputs, strict=True)]

@@ -89,9 +89,9 @@ class GaussNewton(LinearOperator):
 
     def expect(self, num_products: int) -> None:
         """Take layer factors if they pay for that many products."""
-        if self._chooses and not self._uses_factors and self._explicit is not None:
-            if self.costs(num_products).setup > 0:
-                self._uses_factors, self.jacobian = True, self._explicit
+        explicit = self._explicit if self._chooses and not self._uses_factors else None
+        if explicit is not None and self.costs(num_products).setup > 0:
+            self._uses_factors, self.jacobian = True, explicit
 
     @property
     def path(self) -> str:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -12,7 +11,7 @@ from torch import Tensor
 from torchnewton import vectors
 from torchnewton.costs import Costs
 from torchnewton.curvature.operator import LinearOperator
-from torchnewton.record import RecordError, Tape
+from torchnewton.record import RecordError, Tape, moved
 from torchnewton.vectors import Vector
 
 
@@ -99,18 +98,5 @@ class Halves(LinearOperator):
         return rows
 
     def _outputs(self, p: Sequence[Tensor], h: float) -> list[Tensor]:
-        with _moved(self.tape.params, p, h):
+        with moved(self.tape.params, p, h):
             return self.tape.evaluate_outputs()
-
-
-@contextmanager
-def _moved(params: Sequence[Tensor], p: Sequence[Tensor], h: float) -> Iterator[None]:
-    """Parameters at θ + hp inside, put back bit for bit after; the recorded graph stays valid."""
-    kept = vectors.clone(params)
-    try:
-        for x, d in zip(params, p, strict=True):
-            x.data.add_(d, alpha=h)
-        yield
-    finally:
-        for x, k in zip(params, kept, strict=True):
-            x.data.copy_(k)

@@ -93,7 +93,7 @@ class LinearOperator(ABC):
         return self.apply(u)
 
     def quadratic_form(self, directions: Sequence[Sequence[Tensor]]) -> tuple[Tensor, float]:
-        """DᵀAD of k directions, k×k in float64 on the CPU, and the products it took: k unless there is a shorter way."""
+        """DᵀAD of k directions, k×k in float64 on the CPU, and the products it took, k unless there is another way."""
         return vectors.inner_products(directions, self.apply_each([list(d) for d in directions])), len(directions)
 
     def apply_each(self, vs: Sequence[Vector]) -> list[Vector]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 from torch import Tensor
 
 from torchnewton import vectors
-from torchnewton.record import Closure, Tape, record
+from torchnewton.record import Closure, Tape, moved, record
 from torchnewton.vectors import Vector
 
 
@@ -48,12 +47,12 @@ class Point:
 
     def evaluate(self, direction: Sequence[Tensor], step_length: float) -> float:
         """F(θ + αd)."""
-        with self._moved(direction, step_length):
+        with moved(self.params, direction, step_length):
             return self.tape.evaluate() + self._penalty()
 
     def outputs(self, direction: Sequence[Tensor], step_length: float) -> list[Tensor]:
         """The outputs z at θ + αd."""
-        with self._moved(direction, step_length):
+        with moved(self.params, direction, step_length):
             return self.tape.evaluate_outputs()
 
     def pull_back(self, u: Sequence[Tensor]) -> Vector:
@@ -65,19 +64,6 @@ class Point:
             vectors.add_(total, term.jacobian_adjoint(term.hessian_product(u[start:stop])))
             start = stop
         return total
-
-    @contextmanager
-    def _moved(self, direction: Sequence[Tensor], step_length: float) -> Iterator[None]:
-        """Parameters at θ + αd inside, put back bit for bit after."""
-        kept = vectors.clone(self.params)
-        try:
-            # through .data: the recorded graph stays valid, since the values it saved come back
-            for p, d in zip(self.params, direction, strict=True):
-                p.data.add_(d, alpha=step_length)
-            yield
-        finally:
-            for p, k in zip(self.params, kept, strict=True):
-                p.data.copy_(k)
 
     def move(self, direction: Sequence[Tensor], step_length: float) -> None:
         """θ ← θ + αd."""

@@ -2,7 +2,7 @@
 
 from torchnewton.record.errors import RecordError
 from torchnewton.record.recorder import LayerCall, outputs
-from torchnewton.record.replay import Closure
+from torchnewton.record.replay import Closure, moved
 from torchnewton.record.samples import NotPerSampleError, PerSample
 from torchnewton.record.tape import Tape, record
 from torchnewton.record.term import Piece, Term, warn_about_rest
@@ -16,6 +16,7 @@ __all__ = [
     "RecordError",
     "Tape",
     "Term",
+    "moved",
     "outputs",
     "record",
     "warn_about_rest",

@@ -188,6 +188,20 @@ def without_graph(params: Sequence[Tensor]) -> Iterator[None]:
 
 
 @contextmanager
+def moved(params: Sequence[Tensor], direction: Sequence[Tensor], length: float) -> Iterator[None]:
+    """Parameters at θ + `length`·d inside, put back bit for bit after."""
+    kept = [p.detach().clone() for p in params]
+    try:
+        # through .data: a recorded graph stays valid, since the values it saved come back
+        for p, d in zip(params, direction, strict=True):
+            p.data.add_(d, alpha=length)
+        yield
+    finally:
+        for p, k in zip(params, kept, strict=True):
+            p.data.copy_(k)
+
+
+@contextmanager
 def kept_gradients(params: Sequence[Tensor]) -> Iterator[None]:
     """Put `param.grad` back at the end."""
     saved = [(p, p.grad) for p in params]

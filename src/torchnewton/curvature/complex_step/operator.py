@@ -135,8 +135,10 @@ class ComplexStepHessian(LinearOperator):
         found = outcome.imaginary / self.h
         if not math.isfinite(expected):
             return
-        scale = vectors.norm(self.gradient) * vectors.norm(v) / size
-        if not abs(found - expected) <= (outcome.eps**0.4 + 100 * self.h**2) * scale + 1e-30:
+        length = vectors.norm(v) / size
+        rounding = 10 * outcome.eps * (1 + abs(float(self.loss))) * length  # of a gradient that all but vanishes
+        tolerance = (outcome.eps**0.4 + 100 * self.h**2) * vectors.norm(self.gradient) * length + rounding
+        if not abs(found - expected) <= tolerance:
             small = self.h < SMALLEST_OF_FLOAT32 and outcome.eps > 1e-10
             hint = f"h = {self.h:.0e} underflows in a part of low precision: take h=1e-20; or " if small else ""
             raise RecordError(
