@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import torchnewton as tn
-from benchmarks.products import CASES, measure
+from benchmarks.cases import CASES
 from benchmarks.store import about
+from benchmarks.timing import measure
 from torchnewton.train.figures import STYLE
 from torchnewton.train.loop import loss_function
 

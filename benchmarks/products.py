@@ -1,147 +1,123 @@
-"""Times a curvature product beside a gradient, a recording, a loss evaluation and exact Jacobian rows.
+"""Times curvature products, damped directions, the choices of `Auto` and plane steps, and measures memory.
 
-    python -m benchmarks.products
+    python -m benchmarks.products [--data-dir DIR] [--part products --part directions …] [--quick]
 
-One thread, CPU time, medians of interleaved measurements; written to benchmarks/results/products.json and,
-with the other results, to docs/results.md.
+One thread, CPU time, medians of interleaved measurements, beside curvlinops on the same model and batch. Prints the
+tables, and writes them to benchmarks/results/products.json and, with the other results, to docs/results.md.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-import statistics
-import time
 from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, jvp, vjp
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import torchnewton as tn
-from benchmarks import report
+from benchmarks import choices, directions, memory, peers, plane_step, product_tables, report, timing
+from benchmarks.cases import CASES, images
+from benchmarks.product_criteria import product_verdicts
 from benchmarks.store import about
 from benchmarks.tasks import TASKS
-from torchnewton.curvature.dense import dense_from_blocks, sample_blocks
+from torchnewton.curvature.layer_jacobian.layers import Paired
 from torchnewton.train.loop import loss_function
-from torchnewton.train.models import CharTransformer
 
 ROOT = Path(__file__).parent.parent
-ROUNDS = 15
-SHORTEST = 0.02  # seconds: shorter work is repeated within one measurement
-MAX_ROWS = 1e8  # numbers in the exact rows
-MAX_COLUMNS = 2000  # of the dense matrix
-
-Case = tuple[nn.Module, Tensor, Tensor]
+MANY = 1000  # products: then layer factors are taken wherever they can
 
 
-def mlp() -> Case:
-    layers = [nn.Linear(784, 1000), nn.ReLU(), nn.Linear(1000, 1000), nn.ReLU(), nn.Linear(1000, 10)]
-    return nn.Sequential(*layers), torch.randn(512, 784), torch.randint(10, (512,))
+def measure_products(rounds: int) -> list[dict[str, Any]]:
+    rows = []
+    for name, case in CASES.items():
+        torch.manual_seed(0)
+        work, counts = operations(*case())
+        rows.append({"network": name, "seconds": timing.measure(work, rounds), "counts": counts})
+    return rows
 
 
-def cnn() -> Case:
-    """CNN_4layers of Wang, Tan, Lin, "Newton Methods for Convolutional Neural Networks"."""
-    layers: list[nn.Module] = []
-    for channels, filters, size in ((3, 32, 5), (32, 64, 3), (64, 64, 3)):
-        layers += [nn.Conv2d(channels, filters, size, padding="same"), nn.ReLU(), nn.MaxPool2d(2)]
-    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(1024, 10))
-    return model, torch.randn(128, 3, 32, 32), torch.randint(10, (128,))
-
-
-def transformer() -> Case:
-    return CharTransformer(65, 64), torch.randint(65, (32, 64)), torch.randint(65, (32, 64))
-
-
-def sine() -> Case:
-    sizes = [1, 20, 20, 20, 1]
-    layers = [m for a, b in pairwise(sizes) for m in (nn.Linear(a, b), nn.Sigmoid())]
-    x = 2 * torch.rand(1000, 1) - 1
-    return nn.Sequential(*layers[:-1]), x, torch.sin(10 * x)
-
-
-CASES: dict[str, Callable[[], Case]] = {
-    "MLP 784-1000-1000-10, batch 512": mlp,
-    "CNN_4layers at 32×32×3, batch 128": cnn,
-    "transformer 2×64, 32 windows of 64": transformer,
-    "sine network, batch 1000": sine,
-}
-
-
-def operations(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Callable[[], Any]]:
-    """What is timed, by the names of the columns."""
+def operations(model: nn.Module, x: Tensor, y: Tensor) -> tuple[dict[str, Callable[[], Any]], dict[str, float]]:
+    """What is timed, by the names of the columns, and the counts of matrix products."""
     params = list(model.parameters())
 
     def loss() -> Tensor:
         return loss_function(model(x), y)
 
-    tape = tn.record(loss, params)
-    G = tn.GaussNewton(tape)
+    def factors() -> tn.GaussNewton:
+        G = tn.GaussNewton(tn.record(loss, params))
+        G.expect(MANY)
+        G @ v
+        return G
+
     v = [torch.randn_like(p) for p in params]
-    found: dict[str, Callable[[], Any]] = {
+    kept = tn.GaussNewton(tape := tn.record(loss, params), tn.Jacobian(tape))
+    peer = peers.gauss_newton(model, x, y)
+    work: dict[str, Callable[[], Any]] = {
         "gradient": lambda: torch.autograd.grad(loss(), params),
         "evaluation": torch.no_grad()(loss),
         "record": lambda: tn.record(loss, params).gradient,
-        "product": lambda: G @ v,
-        "naive": lambda: naive_product(model, x, y, v),
+        "kept": lambda: kept @ v,
+        "curvlinops": lambda: peers.product(peer, v),
     }
-    torch.testing.assert_close(found["product"](), found["naive"](), rtol=1e-3, atol=1e-5)
-    numbers = sum(z.numel() for z in tape.outputs) * sum(p.numel() for p in params)
-    if numbers <= MAX_ROWS:
-        found["rows"] = lambda: sample_blocks(tape)
-        if sum(p.numel() for p in params) <= MAX_COLUMNS:
-            blocks = sample_blocks(tape)
-            found["dense"] = lambda: dense_from_blocks(blocks)
-    return found
+    counts = gemm_counts(tape)
+    if "explicit" in (explicit := factors()).path:
+        work["explicit"] = lambda: explicit @ v
+        work["first explicit"] = factors
+    else:
+        del counts["explicit"]
+    reference = work["curvlinops"]()
+    for name in {"kept", "explicit"} & work.keys():
+        torch.testing.assert_close(work[name](), reference, rtol=1e-3, atol=1e-5)
+    return work, counts
 
 
-def naive_product(model: nn.Module, x: Tensor, y: Tensor, v: list[Tensor]) -> list[Tensor]:
-    """Forward mode, the Hessian of the loss, reverse mode: nothing kept from one product to the next."""
-    params = {name: p.detach() for name, p in model.named_parameters()}
+def gemm_counts(tape: tn.Tape) -> dict[str, float]:
+    """Matrix products of linear and convolutional layers, as a multiple of those of a gradient.
 
-    def outputs(values: dict[str, Tensor]) -> Tensor:
-        return functional_call(model, values, (x,))
-
-    with sdpa_kernel(SDPBackend.MATH):
-        z, u = jvp(outputs, (params,), (dict(zip(params, v, strict=True)),))
-        z = z.detach().requires_grad_()
-        (slope,) = torch.autograd.grad(loss_function(z, y), z, create_graph=True)
-        (product,) = vjp(outputs, params)[1](*torch.autograd.grad(slope, z, u))
-    return [product[name] for name in params]
-
-
-def measure(work: dict[str, Callable[[], Any]]) -> dict[str, float]:
-    """Median CPU seconds of each, measured in turn."""
-    repeats = {name: max(1, round(SHORTEST / _seconds(f, 1))) for name, f in work.items() if f() is not None}
-    times: dict[str, list[float]] = {name: [] for name in work}
-    for _ in range(ROUNDS):
-        for name, f in work.items():
-            times[name].append(_seconds(f, repeats[name]))
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
-def _seconds(f: Callable[[], Any], repeats: int) -> float:
-    start = time.process_time()
-    for _ in range(repeats):
-        f()
-    return (time.process_time() - start) / repeats
+    A gradient takes three of them a layer, a product by kept double backward four, one by layer factors two. Without a
+    derivative in its input, the first layer takes one less in a gradient and two less in a kept product.
+    """
+    layers = [layer for layer in tn.LayerJacobian(tape).layers if isinstance(layer, Paired)]
+    flops = sum(layer.forward_flops for layer in layers)
+    first = sum(layer.forward_flops for layer in layers if not layer.arguments["input"].requires_grad)
+    gradient = 3 * flops - first
+    return {"explicit": 2 * flops / gradient, "kept": (4 * flops - 2 * first) / gradient}
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.products", description=__doc__.split("\n")[0])
+    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="the folder of the MNIST files")
+    parser.add_argument("--part", action="append", help="measure this again and keep the others; default: all")
+    parser.add_argument("--quick", action="store_true", help="one round each, written to runs/quick-benchmarks")
+    args = parser.parse_args()
     torch.set_num_threads(1)
-    networks = {}
-    for name, case in CASES.items():
-        torch.manual_seed(0)
-        networks[name] = measure(operations(*case()))
-        gradient = networks[name]["gradient"]
-        print(name, {part: f"{t / gradient:.2f} gradients" for part, t in networks[name].items()}, flush=True)
-    path = ROOT / "benchmarks/results/products.json"
+    folder = ROOT / "runs/quick-benchmarks" if args.quick else ROOT
+    data, rounds = images(args.data_dir), 1 if args.quick else None
+    parts: dict[str, Callable[[], Any]] = {
+        "memory": memory.measure_memory,  # before freed memory is kept
+        "products": lambda: measure_products(rounds or timing.ROUNDS),
+        "directions": lambda: directions.measure_directions(data, rounds or directions.ROUNDS),
+        "choices": lambda: [choices.measure_row(row, rounds or choices.ROUNDS) for row in choices.GRID],
+        "plane_steps": lambda: plane_step.measure_plane_steps(data),
+    }
+    path = folder / "benchmarks/results/products.json"
+    results = json.loads(path.read_text(encoding="utf-8")) if args.part and path.is_file() else {}
+    results |= {"about": {**about(), "curvlinops": peers.VERSION}, "images": data.source}
+    for name, measure in parts.items():
+        if name != "memory":
+            timing.keep_freed_memory()
+        if not args.part or name in args.part:
+            print(f"Measuring {name} …", flush=True)
+            results[name] = measure()
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"about": about(), "networks": networks}, indent=1) + "\n", encoding="utf-8")
-    print(f"Written: {report.write(list(TASKS.values()), 3, ROOT)}")
+    path.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    results |= report.preconditioners(folder)
+    print("\n\n".join(product_tables.sections(results)))
+    print("\n".join(report.line(verdict) for verdict in product_verdicts(results)))
+    print(f"Written: {report.write(list(TASKS.values()), 3, folder)}")
 
 
 if __name__ == "__main__":

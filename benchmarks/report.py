@@ -7,11 +7,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import figures, krylov_report
+from benchmarks import figures, krylov_report, product_tables
 from benchmarks.criteria import Verdict, verdicts
+from benchmarks.product_criteria import product_verdicts
 from benchmarks.rows import Row, collect
 from benchmarks.store import Store
-from benchmarks.tables import table, task_table
+from benchmarks.tables import task_table
 from benchmarks.tasks import Task
 
 WORDS = {True: "holds", False: "does not hold", None: "not measured"}
@@ -22,13 +23,13 @@ HEAD = """# Results
 
 All numbers on this page are measured and written by two commands. Rows in which torchnewton loses stay in.
 
-    python -m benchmarks.products
+    make bench-products DATA=DIR
     python -m benchmarks.suite --data-dir DIR --seeds {seeds}
 
 {machine}
 
-- One thread a run. Seconds are CPU seconds of training alone: drawing the batch is included, evaluation is
-  not. One step of every method is made before on a copy, untimed. The test set is evaluated each time the
+- One thread a run. Seconds of training runs are CPU seconds of training alone: drawing the batch is included,
+  evaluation is not. One step of every method is made before on a copy, untimed. The test set is evaluated each time the
   time has grown by 3 %, but never inside a step, and one step of L-BFGS is up to 20 iterations.
 - *Newton* is `tn.Newton(model.parameters())`, nothing else. *SGN* has its published constants. *L-BFGS* is
   `torch.optim.LBFGS` with `line_search_fn="strong_wolfe"`; unless its name says "mini-batches", every step
@@ -47,17 +48,18 @@ def write(tasks: Sequence[Task], seeds: int, folder: Path) -> Path:
     """Writes the page below `folder` and returns its path."""
     store = Store(folder / "benchmarks/results")
     rows = {task.name: _rows(task, seeds, store) for task in tasks}
-    products = _products(folder / "benchmarks/results/products.json")
+    results = folder / "benchmarks/results"
+    products = {**_json(results / "products.json"), **preconditioners(folder)}
     by_name = {(name, row.entry.method): row for name, found in rows.items() for row in found}
-    networks = products.get("networks", {})
-    costs = {name: times["product"] / times["gradient"] for name, times in networks.items()}
+    times = {row["network"]: row["seconds"] for row in products.get("products", [])}
+    costs = {name: seconds["kept"] / seconds["gradient"] for name, seconds in times.items()}
+    found = [*verdicts(by_name, costs), *product_verdicts(products)]
     sections = [
         HEAD.format(machine=_machine(by_name.values(), products), seeds=seeds),
-        "## What is asked\n\n" + "\n".join(_line(v) for v in verdicts(by_name, costs)),
+        "## What is asked\n\n" + "\n".join(line(v) for v in found),
         *(_section(task, rows[task.name], folder / "docs") for task in tasks if rows[task.name]),
     ]
-    if products:
-        sections.append(_products_section(networks))
+    sections += product_tables.sections(products)
     page = folder / "docs/results.md"
     page.parent.mkdir(parents=True, exist_ok=True)
     page.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
@@ -70,7 +72,7 @@ def _rows(task: Task, seeds: int, store: Store) -> list[Row]:
 
 def _machine(rows: Iterable[Row], products: dict[str, Any]) -> str:
     """The machines, versions and dates of the runs shown."""
-    abouts = [run.about for row in rows for run in row.runs] + ([products["about"]] if products else [])
+    abouts = [run.about for row in rows for run in row.runs] + ([products["about"]] if "about" in products else [])
     seen = {name: sorted({about[name] for about in abouts}) for about in abouts[:1] for name in about}
     if not seen:
         return "Nothing is measured yet."
@@ -79,7 +81,8 @@ def _machine(rows: Iterable[Row], products: dict[str, Any]) -> str:
     return f"Measured {dates} on {' and '.join(seen['cpu'])}; {versions}."
 
 
-def _line(verdict: Verdict) -> str:
+def line(verdict: Verdict) -> str:
+    """A criterion with what came out."""
     return f"- **{WORDS[verdict.holds]}** – {verdict.sentence}"
 
 
@@ -113,34 +116,11 @@ def _endings(rows: list[Row]) -> list[str]:
     return ["Runs that ended early:\n\n" + "\n".join(bad)] if bad else []
 
 
-COLUMNS = {
-    "gradient": "gradient",
-    "evaluation": "loss alone",
-    "record": "record",
-    "product": "product, kept",
-    "naive": "product, jvp + vjp",
-    "rows": "exact rows",
-    "dense": "matrix from the rows",
-}
+def preconditioners(folder: Path) -> dict[str, Any]:
+    """The stored iterations of CG with preconditioners, where there are any."""
+    cases = _json(folder / "benchmarks/results/preconditioners.json").get("cases")
+    return {"preconditioners": cases} if cases else {}
 
 
-def _products(path: Path) -> dict[str, Any]:
+def _json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
-def _products_section(networks: dict[str, dict[str, float]]) -> str:
-    """CPU milliseconds and, in brackets, gradients."""
-    body = [[name, *(_cost(times, column) for column in COLUMNS)] for name, times in networks.items()]
-    text = (
-        "CPU milliseconds, in brackets gradients of the same batch; medians of interleaved measurements on "
-        "one thread. A recording is a gradient that keeps its graph. *Kept* is the product of `GaussNewton` "
-        "on it, by double backward; *jvp + vjp* linearizes anew for every product. *Exact rows* are those of "
-        "the Jacobian, sample by sample, for all outputs; – where they or the matrix would not fit."
-    )
-    return f"## Curvature products\n\n{text}\n\n{table(['network', *COLUMNS.values()], body)}"
-
-
-def _cost(times: dict[str, float], column: str) -> str:
-    if column not in times:
-        return "–"
-    return f"{1e3 * times[column]:.3g} ({times[column] / times['gradient']:.2f})"

@@ -1,0 +1,181 @@
+"""The tables of the products' benchmark in Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from benchmarks.tables import table
+
+Results = Mapping[str, Any]
+NONE = "–"
+
+HEAD = """## Curvature and solvers
+
+`make bench-products`. CPU time on one thread, medians of interleaved measurements (of two where one takes more than a
+second, a single one above four); *gradients* are those of the same network and batch, measured in the same run;
+curvlinops {curvlinops} on the same network and batch. In all measurements of time glibc keeps what is freed
+(`mallopt`, for all contestants alike): otherwise fetching pages anew for every large tensor dominates the noise.
+Single precision unless a table says otherwise, factorizations in double."""
+
+
+def sections(results: Results) -> list[str]:
+    """One section for each part that is there."""
+    parts: dict[str, Callable[[Any], str]] = {
+        "products": products,
+        "directions": lambda rows: directions(rows, results["images"]),
+        "choices": choices,
+        "plane_steps": plane_steps,
+        "preconditioners": preconditioners,
+        "memory": memory,
+    }
+    found = [write(results[name]) for name, write in parts.items() if results.get(name)]
+    return [HEAD.format(curvlinops=results["about"].get("curvlinops", "")), *found] if found else []
+
+
+def products(rows: Sequence[Results]) -> str:
+    header = ["network", "gradient, ms", "loss alone", "recording", "kept product", "explicit product"]
+    header += ["curvlinops product", "set-up of the factors", "count: kept", "count: explicit"]
+    body = []
+    for row in rows:
+        seconds, counts = row["seconds"], row["counts"]
+        gradient = seconds["gradient"]
+        setup = {}
+        if "first explicit" in seconds:
+            setup = {"setup": seconds["first explicit"] - seconds["record"] - seconds["explicit"]}
+        shares = {name: t / gradient for name, t in {**seconds, **setup}.items()}
+        names = ("evaluation", "record", "kept", "explicit", "curvlinops", "setup")
+        cells = [_number(shares.get(name)) for name in names]
+        body.append([row["network"], f"{1e3 * gradient:.3g}", *cells, *(_number(counts.get(k)) for k in COUNTS)])
+    text = (
+        "All but the first column in gradients. A recording is a gradient that keeps its graph. *Kept* is the product "
+        "of `GaussNewton` by double backward on that graph, *explicit* the one by layer factors, where they fit into "
+        "memory. The counts are those of the matrix products of linear and convolutional layers, from their shapes: "
+        "three a layer for a gradient, four for a kept product, two for an explicit one; without a derivative in its "
+        "input, the first layer needs one and two less. The sine network is too small for counts: calls are what "
+        "costs."
+    )
+    return f"### Products\n\n{text}\n\n{table(header, body)}"
+
+
+COUNTS = ("kept", "explicit")
+
+
+def directions(rows: Sequence[Results], source: str) -> str:
+    ways = [name for name in rows[0]["seconds"] if name != "gradient"]
+    body = []
+    for row in rows:
+        gradient = row["seconds"]["gradient"]
+        cells = [f"{row['seconds'][way] / gradient:.1f}{_iterations(way, row)}" for way in ways]
+        residuals = " / ".join(f"{row['residuals'][way]:.0e}" for way in ways)
+        body.append([row["network"], str(row["batch"]), f"{1e3 * gradient:.3g}", *cells, residuals])
+    header = ["network", "batch", "gradient, ms", *ways, "relative residuals, in this order"]
+    text = (
+        "Gradients until (G + λI)d = −g is solved to a relative residual of 1e-3 at λ = 1e-3, recording and gradient "
+        f"included, in brackets iterations; networks after 100 Adam steps on {source}. The residuals are those in "
+        "double precision, by a kept product on a copy of the network."
+    )
+    return f"### Damped directions\n\n{text}\n\n{table(header, body)}"
+
+
+def _iterations(way: str, row: Results) -> str:
+    return "" if way == "dual" else f" ({row['iterations'][way]})"
+
+
+WAYS = ("direct", "dual", "explicit CG", "kept CG")
+
+
+def choices(rows: Sequence[Results]) -> str:
+    body = []
+    for row in rows:
+        times = solve_seconds(row)
+        cells = [f"{1e3 * times[way]:.3g}{_count(way, row)}" if way in times else NONE for way in WAYS]
+        where = [row["network"], str(row["batch"]), str(row["classes"]), f"{row['damping']:.0e}"]
+        body.append(
+            [*where, *cells, f"{1e3 * times['Auto']:.3g}", row["chosen"].split(";")[0], f"{auto_ratio(row):.2f}"]
+        )
+    header = ["network", "batch", "outputs", "λ", *WAYS, "Auto", "chosen", "Auto / best"]
+    text = (
+        "CPU milliseconds of a solve to a relative residual of 1e-3 after a recording, in brackets iterations; "
+        "networks after Adam steps on made-up data with classes, or values for one output; λ = 1e-6 in double "
+        "precision. `Auto` has its default "
+        "constants and decides before it knows the iterations. – is not possible within its limits of size and "
+        "memory, or stated to take more than 30 times the operations of the cheapest, or more than 5e12."
+    )
+    return f"### The choice of `Auto`\n\n{text}\n\n{table(header, body)}"
+
+
+def _count(way: str, row: Results) -> str:
+    return f" ({row['iterations'][way]})" if "CG" in way else ""
+
+
+def solve_seconds(row: Results) -> dict[str, float]:
+    """CPU seconds of the solves alone."""
+    record = row["seconds"]["record"]
+    return {name: t - record for name, t in row["seconds"].items() if name != "record"}
+
+
+def auto_ratio(row: Results) -> float:
+    """Time of `Auto` over that of its best choice."""
+    times = solve_seconds(row)
+    return times["Auto"] / min(times[way] for way in WAYS if way in times)
+
+
+CHECK = "check of the loss"
+
+
+def step_cost(row: Results) -> float:
+    """A plane step in gradients, without the check of the loss."""
+    seconds = row["seconds"]
+    return sum(t for name, t in seconds.items() if name not in ("gradient", CHECK)) / seconds["gradient"]
+
+
+def plane_steps(rows: Sequence[Results]) -> str:
+    parts = [name for name in rows[0]["seconds"] if name not in ("gradient", CHECK)]
+    body = []
+    for row in rows:
+        gradient = row["seconds"]["gradient"]
+        cells = [_number(row["seconds"][part] / gradient) for part in parts]
+        cost, check = step_cost(row), row["seconds"][CHECK] / gradient
+        body.append([row["network"], str(row["batch"]), f"{1e3 * gradient:.3g}", *cells, _number(cost), _number(check)])
+    header = ["network", "batch", "gradient, ms", *parts, "step", CHECK]
+    text = (
+        "Mean of 80 steps, in gradients: K-FAC with statistics every 10 and inverses every 40 steps, the damped model "
+        "minimized over the plane of the preconditioned gradient and the previous step, with `DifferenceJacobian`: one "
+        "forward pass a direction. `Newton` also evaluates the loss at the new point, the last column, which is not in "
+        "the step: by the count alone a gradient, two products and a check are 1 + ⅔ + ⅓."
+    )
+    return f"### Plane steps with K-FAC\n\n{text}\n\n{table(header, body)}"
+
+
+def preconditioners(cases: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
+    columns = [name for name in next(iter(next(iter(cases.values())).values())) if name != "alone"]
+    body = [
+        [case, name, f"{100 * row['alone']:.0f} %", *(f"{row[column]:g}" for column in columns)]
+        for case, rows in cases.items()
+        for name, row in rows.items()
+    ]
+    text = (
+        "Iterations of CG at λ = 1e-3, batch 512, networks after 100 Adam steps on MNIST: until the quadratic model "
+        "has fallen by a share of what it can, and until the residual is 1e-3 of the gradient. *Alone*: the share by "
+        "which the preconditioned gradient lowers the model at its best length."
+    )
+    return f"### Preconditioners\n\n{text}\n\n{table(['network', 'preconditioner', 'alone', *columns], body)}"
+
+
+def memory(rows: Sequence[Results]) -> str:
+    paths = list(dict.fromkeys(path for row in rows for path in row["bytes"]))
+    body = []
+    for row in rows:
+        size = row["bytes"]
+        cells = [f"{size[p] / 1e6:.0f} ({size[p] / size['gradient']:.1f})" if p in size else NONE for p in paths]
+        body.append([row["network"], *cells])
+    text = (
+        "What a process grows by at its peak, MB, in brackets multiples of the gradient's; every path in a process of "
+        "its own with the allocator as it is. Two products each."
+    )
+    return f"### Peak memory\n\n{text}\n\n{table(['network', *paths], body)}"
+
+
+def _number(x: float | None) -> str:
+    return NONE if x is None else f"{x:.2f}"
