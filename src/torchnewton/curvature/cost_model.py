@@ -6,14 +6,16 @@ sample at the cut, L places, K inputs and O outputs of a place (linear: L = 1), 
 | way | before the first product | each product |
 |---|---|---|
 | kept double backward | 0 | 4 F |
-| explicit layer factors | (M + 1)(F + Σ w N T) | 2 F + Σ w N M T |
-| dense matrix | rows + n P² | |
-| Gram matrix, linear | cotangents + n² O | |
-| Gram matrix, convolution | cotangents + the less of 2 n L O K + n² O K and n² L² O + 2 N² L² K | |
+| explicit layer factors | (M + 1)F + Σ r N M T | 2 F + Σ r N M T |
+| dense matrix | rows + 2 n P² + e P² | |
+| Gram matrix, linear | cotangents + n² O + e n² | |
+| Gram matrix, convolution | cotangents + e n² + the less of 2 n L O K + n² O K and n² L² O + 2 N² L² K | |
 | rows by replay | (2 + 4 M) F | |
 
-A gradient is 3 F. w = 40 operations is what reading one number of the factors costs, since these are passes over memory
-and no matrix products; every call of a layer counts `CALL` operations besides.
+A gradient is 3 F. The unit is an operation of a matrix product. What is no matrix product counts as the operations
+that take as long: r = `READ` for a number of the factors; e = `PASS` for an entry of a layer's output in a forward pass
+(part of F: activations, pooling, attention) and for an entry of a layer's share of the Gram matrix; `CALL` for every
+call of a layer. They were fitted to times on one thread.
 """
 
 from __future__ import annotations
@@ -24,11 +26,12 @@ from torchnewton.costs import Costs
 from torchnewton.curvature.groups import output_groups
 from torchnewton.curvature.layer_jacobian import LayerJacobian
 from torchnewton.curvature.layer_jacobian.layers import Layer, Paired
-from torchnewton.record import Tape
+from torchnewton.record import LayerCall, Tape
 from torchnewton.vectors import num_entries
 
-CALL = 2e6  # operations that take as long as the overhead of one call
-READ = 40.0  # operations that take as long as reading one number of the factors
+CALL = 7e6  # operations that take as long as the overhead of one call
+READ = 60.0  # operations that take as long as reading one number of the factors
+PASS = 700.0  # operations that take as long as the elementwise work on one entry
 
 
 def gauss_newton_costs(tape: Tape, explicit: LayerJacobian | None, num_products: int) -> Costs:
@@ -36,7 +39,7 @@ def gauss_newton_costs(tape: Tape, explicit: LayerJacobian | None, num_products:
 
     `explicit` is None where the Jacobian is fixed to kept double backward.
     """
-    forward, calls = forward_flops(tape), CALL * len(tape.layer_calls)
+    forward, calls = _forward_work(tape), CALL * len(tape.layer_calls)
     groups, size = output_groups(tape), num_entries(tape.params)
     rows = sum(group.num_samples * group.width for group in groups)
     width = max((group.width for group in groups), default=0)
@@ -45,7 +48,7 @@ def gauss_newton_costs(tape: Tape, explicit: LayerJacobian | None, num_products:
     setup, gram = replay, replay + float(rows) ** 2 * size
     if explicit is not None:
         share = explicit.expected_coverage
-        reads = READ * sum(layer.output_shape.numel() * width for layer in explicit.layers)
+        reads = READ * sum(explicit.entries_at_cut(layer) * width for layer in explicit.layers)
         setup = (width + 1) * (forward + calls) + reads
         product = 2 * (forward + calls) + reads + (1 - share) * products.product
         if setup + num_products * product < num_products * products.product:
@@ -54,13 +57,14 @@ def gauss_newton_costs(tape: Tape, explicit: LayerJacobian | None, num_products:
             gram = setup + sum(gram_flops(layer, width) for layer in explicit.layers)
         else:
             setup = replay
-    return Costs(products.product, products.setup, setup + float(rows) * size**2, gram, rows)
+    dense = setup + (2.0 * rows + PASS) * float(size) ** 2  # in float64
+    return Costs(products.product, products.setup, dense, gram, rows)
 
 
 def gram_flops(layer: Layer, width: int) -> float:
     """Operations of a layer's share of RRᵀ with `width` rows a sample."""
     rows = layer.num_samples * width
-    reads = READ * rows**2 / 4
+    reads = PASS * float(rows) ** 2
     if not isinstance(layer, Paired):
         return float(rows) ** 2 * layer.num_parameters + reads + READ * rows * layer.num_parameters
     return min(gram_by_pairs(layer, width), gram_by_rows(layer, width)) + reads
@@ -85,9 +89,14 @@ def gram_by_rows(layer: Paired, width: int) -> float:
 
 def forward_flops(tape: Tape) -> float:
     """Operations of a forward pass: 2 · output entries · fan-in for each call of a layer with a weight."""
-    total = 0.0
-    for call in tape.layer_calls:
-        for p in call.parameters:
-            if p.dim() >= 2:
-                total += 2.0 * call.output_shape.numel() * (p.numel() // max(p.shape[0], 1))
-    return total
+    return sum(_call_flops(call) for call in tape.layer_calls)
+
+
+def _forward_work(tape: Tape) -> float:
+    """The same in operations of matrix products."""
+    return sum(_call_flops(call) + PASS * call.output_shape.numel() for call in tape.layer_calls)
+
+
+def _call_flops(call: LayerCall) -> float:
+    weights = [p for p in call.parameters if p.dim() >= 2]
+    return sum(2.0 * call.output_shape.numel() * (p.numel() // max(p.shape[0], 1)) for p in weights)

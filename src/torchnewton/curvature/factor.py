@@ -103,7 +103,7 @@ class LayerRows(WeightedRows):
         self.roots = [output_root(self.tape.terms[group.term], group) for group in self.groups]
         self.sizes = [group.num_samples * root.width for group, root in zip(self.groups, self.roots, strict=True)]
         self.num_rows = sum(self.sizes)
-        self.factors = Factors(self.tape, *jacobian.explicit, jacobian.max_bytes, self.roots)
+        self.factors = Factors(self.tape, *jacobian.explicit, jacobian.max_bytes, self.roots, jacobian.users)
 
     def product(self, v: Sequence[Tensor]) -> Tensor:
         """See `WeightedRows.product`."""
@@ -210,7 +210,7 @@ class LayerRows(WeightedRows):
         flat = D.reshape(n * r * places, -1)
         if places == 1:
             outer = symmetric_product(flat.mT, flat.mT, D.dtype)
-            return (outer.view(n, r, n, r) * inner.view(n, 1, n, 1)).view(n * r, n * r)
+            return outer.view(n, r, n, r).mul_(inner.view(n, 1, n, 1)).view(n * r, n * r)
         gram = D.new_empty(n, r, n * r)
         step = max(1, int(self.chunk_bytes / (r * places * len(flat) * D.element_size())))
         for start in range(0, n, step):

@@ -45,19 +45,13 @@ class GaussNewton(LinearOperator):
         self.jacobian = Jacobian(tape) if jacobian is None else jacobian
         self.per_sample = per_sample
         self._chooses = jacobian is None and per_sample
-        self._uses_factors = isinstance(jacobian, LayerJacobian)
 
     def apply(self, v: Sequence[Tensor]) -> Vector:
-        """J'(B(Jv)), by layer factors Rᵀ(Rv)."""
-        if self._uses_factors and self._factors is not None:
-            return self._factors.adjoint(self._factors.product(v))
+        """J'(B(Jv))."""
         return self.jacobian.adjoint(self._curved(self.jacobian.apply(v)))
 
     def quadratic_form(self, directions: Sequence[Sequence[Tensor]]) -> tuple[Tensor, float]:
-        """(JD)ᵀB(JD), by layer factors (RD)ᵀ(RD): half a product each."""
-        if self._uses_factors and self._factors is not None:
-            weighted = [[self._factors.product(d)] for d in directions]
-            return inner_products(weighted, weighted), len(weighted) / 2
+        """(JD)ᵀB(JD): half a product each."""
         moved = [self.jacobian.apply(d) for d in directions]
         return inner_products(moved, [self._curved(u) for u in moved]), len(moved) / 2
 
@@ -89,16 +83,18 @@ class GaussNewton(LinearOperator):
 
     def expect(self, num_products: int) -> None:
         """Take layer factors if they pay for that many products."""
-        explicit = self._explicit if self._chooses and not self._uses_factors else None
+        explicit = self._explicit if self._chooses and self.jacobian is not self._explicit else None
         if explicit is not None and self.costs(num_products).setup > 0:
-            self._uses_factors, self.jacobian = True, explicit
+            self.jacobian = explicit
+
+    @property
+    def gradients_per_product(self) -> float:
+        """Those of the Jacobian."""
+        return self.jacobian.gradients_per_product
 
     @property
     def path(self) -> str:
         """How products are made."""
-        if self._uses_factors and self._factors is not None and self._explicit is not None:
-            covered = self._explicit.share_of(self._factors.factors.covered)
-            return f"explicit layer factors for {covered:.0%} of the parameters"
         return self.jacobian.path
 
     @cached_property

@@ -50,12 +50,13 @@ class Auto:
     def options(self, A: StatesCosts, b: Sequence[Tensor]) -> dict[str, tuple[float, Solver]]:
         """Operations of every solver that is possible, and the solver."""
         stated, size = A.costs(self.expected_iterations), num_entries(b)
-        slow = 1 if b[0].dtype is torch.float64 else 2  # factorizations are in float64
+        single = b[0].dtype is not torch.float64
+        slow = 2  # a factorization is slower than products
         found: dict[str, tuple[float, Solver]] = {
             "CG": (stated.setup + self.expected_iterations * stated.product, self.cg)
         }
         if size <= self.direct.max_parameters and 16.0 * size**2 <= self.max_bytes:
-            found["direct"] = (stated.dense + slow * cholesky_flops(size), self.direct)
+            found["direct"] = (stated.dense + slow * (1 + single) * cholesky_flops(size), self.direct)
         if 16.0 * stated.gram_rows**2 <= self.max_bytes:
             flops = stated.gram + slow * cholesky_flops(stated.gram_rows) + 2 * stated.product
             found["dual"] = (flops, self.dual)

@@ -16,6 +16,7 @@ from torchnewton.solvers.result import Operator, SolveResult, Status
 from torchnewton.vectors import Vector, add, norm, zeros_like
 
 _EIGENDECOMPOSITION = 27  # Cholesky factorizations that take as long as one eigendecomposition, by operations
+_REFINEMENTS = 3  # each gains the digits by which a single-precision factorization beats the condition number
 _SMALL = 1e9  # n²P up to which the Gram matrix is computed in float64 at once
 
 
@@ -55,15 +56,16 @@ class Factored(Protocol):
 
 @dataclass(frozen=True)
 class Dual:
-    """Solves (RᵀR + σI)x = b with few rows n in R and σ > 0 by a factorization of n×n in float64.
+    """Solves (RᵀR + σI)x = b with few rows n in R and σ > 0 by a factorization of n×n.
 
         x = Rᵀ(RRᵀ + σI)⁻¹y          where b = Rᵀy with a known y, as for the gradient
         x = (b − Rᵀ(RRᵀ + σI)⁻¹Rb) / σ   otherwise
 
-    The Gram matrix RRᵀ is formed in the precision of b, in float64 where it is small or σ < 1e-6·‖RRᵀ‖; its rounding
-    is mended by at most `max_refinements` steps x ← x + A⁻¹(b − Ax) until ‖b − Ax‖ ≤ `rtol`·‖b‖. `SolveResult.shifted`
-    solves for other σ with the same Gram matrix: by one Cholesky factorization each, or, where `num_shifts` of them are
-    announced and that is cheaper, by one eigendecomposition for all.
+    The Gram matrix RRᵀ is formed and factorized in the precision of b, in float64 where it is small or σ < 1e-6·‖RRᵀ‖;
+    solves with it are refined to float64. Its own rounding is mended by at most `max_refinements` steps
+    x ← x + A⁻¹(b − Ax) until ‖b − Ax‖ ≤ `rtol`·‖b‖. `SolveResult.shifted` solves for other σ with the same Gram matrix:
+    by one Cholesky factorization each, or, where `num_shifts` of them are announced and that is cheaper, by one
+    eigendecomposition for all.
 
     `x0` and `preconditioner` are not used. Cost: RRᵀ, n³/3 operations, and 2 products with each of R and Rᵀ.
     Memory: 2n² numbers and what R keeps. Errors: `ValueError` for an operator without R (its closure mixes samples) or
@@ -154,10 +156,10 @@ class _Gram:
         return self._single if self._dtype is torch.float64 else self.R.gram(torch.float64)
 
     def matrix(self, shift: float) -> Tensor:
-        """RRᵀ in float64, as exact as the shift asks for."""
+        """RRᵀ, in float64 where the shift asks for it."""
         if "_double" in self.__dict__ or shift < 1e-6 * float(self._single.norm()):
             return self._double
-        return self._single.double()
+        return self._single
 
     @cached_property
     def _spectrum(self) -> tuple[Tensor, Tensor]:
@@ -169,10 +171,37 @@ class _Gram:
         if self.factorization == "eigendecomposition" and bool(torch.isfinite(self._double).all()):
             values, basis = self._spectrum
             return lambda w: basis @ ((basis.mT @ w) / (values.clamp(min=0) + shift))
-        matrix = self.matrix(shift).clone()
-        matrix.diagonal().add_(shift)
-        factor, info = torch.linalg.cholesky_ex(matrix)
-        if int(info) > 0:
-            finite = bool(torch.isfinite(matrix).all())
-            return Status.NOT_POSITIVE_DEFINITE if finite else Status.NOT_FINITE
-        return lambda w: torch.cholesky_solve(w.unsqueeze(1), factor).squeeze(1)
+        matrix = self.matrix(shift)
+        if matrix.dtype is not torch.float64:
+            return _refined(matrix, shift) or _factorized(matrix.double(), shift)
+        return _factorized(matrix, shift)
+
+
+def _factorized(matrix: Tensor, shift: float) -> Callable[[Tensor], Tensor] | Status:
+    """w ↦ (K + σI)⁻¹w by a Cholesky factorization."""
+    shifted = matrix.clone()
+    shifted.diagonal().add_(shift)
+    factor, info = torch.linalg.cholesky_ex(shifted)
+    if int(info) > 0:
+        finite = bool(torch.isfinite(shifted).all())
+        return Status.NOT_POSITIVE_DEFINITE if finite else Status.NOT_FINITE
+    return lambda w: torch.cholesky_solve(w.unsqueeze(1), factor).squeeze(1)
+
+
+def _refined(matrix: Tensor, shift: float) -> Callable[[Tensor], Tensor] | None:
+    """The same by a factorization in single precision and refinement in double; None where that does not converge."""
+    coarse = _factorized(matrix, shift)
+    if isinstance(coarse, Status):
+        return None
+    double = matrix.double()
+
+    def solve(w: Tensor) -> Tensor:
+        x = coarse(w.to(matrix.dtype)).double()
+        for _ in range(_REFINEMENTS):
+            x = x + coarse((w - double @ x - shift * x).to(matrix.dtype)).double()
+        return x
+
+    probe = torch.ones(len(matrix), dtype=torch.float64, device=matrix.device)
+    x = solve(probe)
+    left = probe - double @ x - shift * x
+    return solve if float(left.norm()) <= 1e-8 * float(probe.norm()) else None

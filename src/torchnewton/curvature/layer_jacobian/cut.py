@@ -83,19 +83,21 @@ def find_cut(edge: Edge, shape: torch.Size, users: Users, sizes: Mapping[Edge, t
 
     ReLU and max-pooling are such: C cotangents of t take a quarter of the memory of those of s after pooling by 2.
     """
+    found = smallest_behind(edge, shape, users, sizes)
+    selection = None if found.edge == edge else _selection(edge, shape, found, like)
+    return Cut(edge, shape) if selection is None else selection
+
+
+def smallest_behind(edge: Edge, shape: torch.Size, users: Users, sizes: Mapping[Edge, torch.Size]) -> Cut:
+    """The smallest t behind s, or s itself; whether t is a selection is not asked."""
     here: Edge | None = edge
-    best: Cut | None = None
+    best = Cut(edge, shape)
     while here is not None:
         size = sizes.get(here)
-        smallest = shape if best is None else best.shape
-        if size is not None and len(size) and size[0] == shape[0] and 2 * size.numel() <= smallest.numel():
+        if size is not None and len(size) and size[0] == shape[0] and 2 * size.numel() <= best.shape.numel():
             best = Cut(here, size)
         here = users.only_taker(here)
-    if best is not None:
-        selection = _selection(edge, shape, best, like)
-        if selection is not None:
-            return selection
-    return Cut(edge, shape)
+    return best
 
 
 def _selection(source: Edge, shape: torch.Size, cut: Cut, like: Tensor) -> Cut | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -63,6 +63,7 @@ class Factors:
         covered: set[int],
         max_bytes: float,
         roots: Sequence[OutputRoot] | None = None,
+        users: Users | None = None,
     ) -> None:
         self.tape = tape
         self.groups = output_groups(tape)
@@ -71,7 +72,7 @@ class Factors:
         self.covered: set[int] = set()
         if any(z.dim() == 0 for z in tape.outputs):
             return
-        users = Users(edge for term in tape.terms for edge in term.edges)
+        users = users_of(tape) if users is None else users
         cuts, left_out = _cuts(tape, layers, self.groups, users, max_bytes)
         lost = {position for layer in left_out for position in layer.positions}
         found: list[Factor] = []
@@ -82,6 +83,10 @@ class Factors:
             lost |= {position for layer in mixing for position in layer.positions}
         self.covered = covered - lost
         self.factors = [f for f in found if self.covered & set(f.layer.positions)]
+
+    def compress(self) -> None:
+        """Store the cotangents in the shorter form where they have it: pays for many products."""
+        self.factors = [replace(f, cotangents=stored(f.cotangents.dense())) for f in self.factors]
 
     @property
     def is_complete(self) -> bool:
@@ -137,9 +142,14 @@ class Factors:
         return torch.zeros(group.num_samples, width, dtype=like.dtype, device=like.device)
 
 
-def explicit_layers(tape: Tape) -> tuple[list[Layer], set[int]]:
+def users_of(tape: Tape) -> Users:
+    """Who takes what in the graph behind the outputs."""
+    return Users(edge for term in tape.terms for edge in term.edges)
+
+
+def explicit_layers(tape: Tape, users: Users | None = None) -> tuple[list[Layer], set[int]]:
     """The layers the outputs depend on, and the positions of parameters that are used in these and nowhere else."""
-    users = Users(edge for term in tape.terms for edge in term.edges)
+    users = users_of(tape) if users is None else users
     positions = {id(p): i for i, p in enumerate(tape.params)}
     layers = [layer for call in tape.layer_calls if (layer := layer_of(call, positions)) is not None]
     layers = [layer for layer in layers if users.reaches_outputs(layer.call.edge)]
@@ -217,5 +227,5 @@ def _of_group(
             continue
         if cut.weight is not None:
             D *= cut.weight.view(len(D), 1, -1)
-        factors.append(Factor(layer, cut, number, stored(D)))
+        factors.append(Factor(layer, cut, number, Cotangents(D)))
     return factors, mixing
