@@ -81,7 +81,8 @@ def _auto(rows: Sequence[Results]) -> Verdict:
 def _plane(rows: Sequence[Results]) -> Verdict:
     costs = {f"{row['network']}, batch {row['batch']}": step_cost(row) for row in rows}
     each = "; ".join(f"{name}: {cost:.2f}" for name, cost in costs.items())
-    return Verdict(max(costs.values()) <= 2.5, f"A plane step with K-FAC, in gradients, the check of the loss apart: {each}; asked: 2.5.")
+    sentence = f"A plane step with K-FAC, in gradients, the check of the loss apart: {each}; asked: 2.5."
+    return Verdict(max(costs.values()) <= 2.5, sentence)
 
 
 def _preconditioners(cases: Mapping[str, Mapping[str, Mapping[str, float]]]) -> list[Verdict]:
