@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -131,6 +131,29 @@ class Watcher(TorchFunctionMode):
         return args[0] if func is outputs else func(*args, **kwargs)
 
 
+_NUMBERED = {*LOSSES, *ACTIVATIONS, outputs}
+Place = tuple[int, int]  # of a tensor: the number of a loss or activation call, and which of its tensors
+
+
+class OutputsWatcher(Watcher):
+    """A later run of a closure that keeps the tensors at the given places and no graph."""
+
+    def __init__(self, places: Iterable[Place]) -> None:
+        super().__init__()
+        self.found: dict[Place, Tensor] = {}
+        self._wanted = set(places)
+        self._number = 0
+
+    def on_call(self, func: Function, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """Run the call; keep a copy, since the closure may go on in place."""
+        if func in _NUMBERED:
+            for k, tensor in enumerate([*tensors_in(args), *tensors_in(kwargs)]):
+                if (self._number, k) in self._wanted:
+                    self.found[self._number, k] = tensor.detach().clone()
+            self._number += 1
+        return super().on_call(func, args, kwargs)
+
+
 class Recorder(Watcher):
     """Keeps what the tape needs from the first run of a closure."""
 
@@ -144,7 +167,10 @@ class Recorder(Watcher):
         self.sizes: dict[Edge, torch.Size] = {}
         self.terms: list[Term] = []
         self.differentiates_parameters = False
+        self.places: dict[Edge, Place] = {}
         self._ids = {id(p) for p in params}
+        self._seen: dict[int, Place] = {}
+        self._number = 0
         self._activations: dict[Node, tuple[Function, Tensor]] = {}
 
     def on_backward(self, loss: Tensor, weight: Tensor) -> None:
@@ -169,6 +195,10 @@ class Recorder(Watcher):
                 "an embedding with sparse=True gives sparse gradients, which have no curvature products: build it "
                 "with sparse=False."
             )
+        if func in _NUMBERED:
+            tensors = enumerate([*tensors_in(args), *tensors_in(kwargs)])
+            self._seen.update({id(tensor): (self._number, k) for k, tensor in tensors})
+            self._number += 1
         result = super().on_call(func, args, kwargs)
         output = result if isinstance(result, Tensor) else next(tensors_in([result]), None)
         if output is not None and output.grad_fn is not None:
@@ -178,12 +208,12 @@ class Recorder(Watcher):
 
     def _keep(self, func: Function, args: Sequence[Any], kwargs: Mapping[str, Any], output: Tensor) -> None:
         if func is outputs:
-            self.marked.append(Candidate.of("outputs", [output], output))
+            self._place(Candidate.of("outputs", [output], output), self.marked)
         elif func in LOSSES:
             inputs = split_inputs(LOSSES[func], args, kwargs, self._activations)
             if inputs:
                 averaged = partial(divisor, func, args, kwargs)
-                self.candidates.append(Candidate.of(func.__name__, inputs, output, averaged))
+                self._place(Candidate.of(func.__name__, inputs, output, averaged), self.candidates)
         elif func in ACTIVATIONS and output.grad_fn is not None:
             self._activations[output.grad_fn] = (func, args[0] if args else kwargs["input"])
         elif self._uses_parameter(args, kwargs):
@@ -192,6 +222,11 @@ class Recorder(Watcher):
             exact = not torch.is_autocast_enabled(output.device.type)
             call = LayerCall(func, args, kwargs, tensors, used, edge_of(output), output.shape, exact)
             self.layer_calls.append(call)
+
+    def _place(self, candidate: Candidate, kept: list[Candidate]) -> None:
+        kept.append(candidate)
+        for edge, z in zip(candidate.edges, candidate.outputs, strict=True):
+            self.places[edge] = self._seen[id(z)]
 
     def _uses_parameter(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
         ids = self._ids

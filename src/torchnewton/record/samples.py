@@ -17,17 +17,7 @@ class NotPerSampleError(RuntimeError):
     """The closure does not treat samples independently in a way that can be seen; the message says where."""
 
 
-class Replay(Recorder):
-    """A second run of a closure that is only looked at: nothing is differentiated while it runs."""
-
-    def __init__(self, params: Sequence[Tensor]) -> None:
-        super().__init__(params, create_graph=False)
-
-    def on_backward(self, loss: Tensor, weight: Tensor) -> None:
-        """Keep the graph as it is."""
-
-
-class PerSample(Replay):
+class PerSample(Recorder):
     """Replays a closure; a call that uses a parameter gets the parameter once per sample of its other input.
 
     With W expanded to (N, *W.shape) a call f(x, W) becomes the N calls f(xᵢ, Wᵢ), run as one by `torch.func.vmap`.
@@ -38,11 +28,14 @@ class PerSample(Replay):
     """
 
     def __init__(self, params: Sequence[Tensor]) -> None:
-        super().__init__(params)
+        super().__init__(params, create_graph=False)
         self._copies: dict[tuple[int, int], Tensor] = {}
         self._position = {id(p): i for i, p in enumerate(params)}
         self._derived: dict[int, tuple[Tensor, Callable[[int], Tensor]]] = {}
         self._pairs = Pairs(params[0])
+
+    def on_backward(self, loss: Tensor, weight: Tensor) -> None:
+        """Keep the graph as it is: nothing is differentiated while it runs."""
 
     def rows(self, total: Tensor, n: int) -> Iterator[tuple[int, Tensor]]:
         """For `total` = Σᵢ zᵢ over n samples: (position of a parameter, its part of the rows, n × entries)."""

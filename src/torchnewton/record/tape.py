@@ -13,7 +13,7 @@ from torch import Tensor
 
 from torchnewton.record.errors import RecordError
 from torchnewton.record.graph import Edge
-from torchnewton.record.recorder import LayerCall, Recorder, Watcher, refuse_grad_scaler
+from torchnewton.record.recorder import LayerCall, OutputsWatcher, Place, Recorder, Watcher, refuse_grad_scaler
 from torchnewton.record.replay import (
     BufferSnapshot,
     Closure,
@@ -24,7 +24,7 @@ from torchnewton.record.replay import (
     scratch_buffers,
     without_graph,
 )
-from torchnewton.record.samples import NotPerSampleError, PerSample, Replay
+from torchnewton.record.samples import NotPerSampleError, PerSample
 from torchnewton.record.term import Candidate, Piece, Term
 
 
@@ -43,6 +43,7 @@ class Tape:
     marked: list[Candidate]
     layer_calls: list[LayerCall]
     sizes: dict[Edge, torch.Size]
+    places: dict[Edge, Place]
     returned: Any
     random_state: RandomState | None
     buffers: BufferSnapshot
@@ -107,9 +108,13 @@ class Tape:
 
     def evaluate_outputs(self) -> list[Tensor]:
         """The outputs z at the parameters' present values, likewise."""
-        replay = Replay(self.params)
-        self._replay(replay, graph=True)
-        return [z.detach() for z in self._counterparts(replay)]
+        edges = [edge for term in self.terms for edge in term.edges]
+        watcher = OutputsWatcher(self.places[edge] for edge in edges)
+        self._replay(watcher)
+        try:
+            return [watcher.found[self.places[edge]] for edge in edges]
+        except KeyError as error:
+            raise RecordError("the losses of the closure differ from those of its recorded run") from error
 
     def per_sample(self) -> tuple[list[Tensor], PerSample]:
         """The outputs once more, and the replay that takes them apart into samples.
@@ -124,7 +129,7 @@ class Tape:
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
             raise NotPerSampleError(str(error).split("\n")[0]) from error
 
-    def _counterparts(self, replay: Replay) -> list[Tensor]:
+    def _counterparts(self, replay: PerSample) -> list[Tensor]:
         """The tensors of a replay that stand where the outputs stood in the recorded run."""
         before = [edge for c in self.candidates + self.marked for edge in c.edges]
         after = [z for c in replay.candidates + replay.marked for z in c.outputs]
@@ -133,9 +138,9 @@ class Tape:
         again = dict(zip(before, after, strict=True))
         return [again[edge] for term in self.terms for edge in term.edges]
 
-    def _replay(self, watcher: Watcher, graph: bool = False) -> Any:
+    def _replay(self, watcher: Watcher) -> Any:
         """Run the closure under `watcher`; buffers, gradients and random state are put back."""
-        still = kept_gradients if graph or self.differentiates_parameters else without_graph
+        still = kept_gradients if self.differentiates_parameters else without_graph
         with (
             warnings.catch_warnings(),
             torch.enable_grad(),
@@ -186,6 +191,7 @@ def record(closure: Closure, params: Sequence[Tensor], *, create_graph: bool = T
         marked=recorder.marked,
         layer_calls=recorder.layer_calls,
         sizes=recorder.sizes,
+        places=recorder.places,
         returned=returned,
         random_state=None if random_state.is_current() else random_state,
         buffers=buffers,
