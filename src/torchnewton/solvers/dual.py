@@ -13,7 +13,7 @@ from torch import Tensor
 
 from torchnewton.costs import StatesCosts, cholesky_flops
 from torchnewton.solvers.result import Operator, SolveResult, Status
-from torchnewton.vectors import Vector, add, norm, zeros_like
+from torchnewton.vectors import Vector, add, flatten, norm, symmetric_product, unflatten, zeros_like
 
 _EIGENDECOMPOSITION = 27  # Cholesky factorizations that take as long as one eigendecomposition, by operations
 _REFINEMENTS = 3  # each gains the digits by which a single-precision factorization beats the condition number
@@ -40,6 +40,10 @@ class Rows(Protocol):
         """RRᵀ."""
         ...
 
+    def rows(self) -> Tensor:
+        """R as a matrix."""
+        ...
+
     def preimage(self, b: Sequence[Tensor], /) -> Tensor | None:
         """y with Rᵀy = b, where one is known without a solve."""
         ...
@@ -61,11 +65,11 @@ class Dual:
         x = Rᵀ(RRᵀ + σI)⁻¹y          where b = Rᵀy with a known y, as for the gradient
         x = (b − Rᵀ(RRᵀ + σI)⁻¹Rb) / σ   otherwise
 
-    The Gram matrix RRᵀ is formed and factorized in the precision of b, in float64 where it is small or σ < 1e-6·‖RRᵀ‖;
-    solves with it are refined to float64. Its own rounding is mended by at most `max_refinements` steps
-    x ← x + A⁻¹(b − Ax) until ‖b − Ax‖ ≤ `rtol`·‖b‖. `SolveResult.shifted` solves for other σ with the same Gram matrix:
-    by one Cholesky factorization each, or, where `num_shifts` of them are announced and that is cheaper, by one
-    eigendecomposition for all.
+    The Gram matrix RRᵀ is formed and factorized in the precision of b, in float64 where σ < 1e-6·‖RRᵀ‖, and solves with
+    it are refined to float64; where R is small, all is in float64 with R as a matrix. What rounding is left in RRᵀ is
+    mended by at most `max_refinements` steps x ← x + A⁻¹(b − Ax) until ‖b − Ax‖ ≤ `rtol`·‖b‖. `SolveResult.shifted`
+    solves for other σ with the same Gram matrix: by one Cholesky factorization each, or, where `num_shifts` of them are
+    announced and that is cheaper, by one eigendecomposition for all.
 
     `x0` and `preconditioner` are not used. Cost: RRᵀ, n³/3 operations, and 2 products with each of R and Rᵀ.
     Memory: 2n² numbers and what R keeps. Errors: `ValueError` for an operator without R (its closure mixes samples) or
@@ -92,13 +96,17 @@ class Dual:
         if not shift > 0:
             raise ValueError(f"Dual: the damping must be positive, the shift of the operator is {shift}; use Direct().")
         flops = cholesky_flops(R.num_rows) + (A.costs(1).gram if isinstance(A, StatesCosts) else 0.0)
-        return self._solve(_Gram(R, b, self.num_shifts), shift, flops)
+        small = float(R.num_rows) ** 2 * sum(x.numel() for x in b) <= _SMALL
+        return self._solve(_Gram(_Double(R, b) if small else R, b, self.num_shifts, small), shift, flops)
 
     def _solve(self, gram: _Gram, shift: float, flops: float) -> SolveResult:
         b = gram.b
         inverse = gram.inverse(shift)
         if isinstance(inverse, Status):
             return SolveResult(zeros_like(b), list(b), norm(b), inverse, 0, method="dual (Cholesky)")
+
+        def like_b(x: Vector) -> Vector:
+            return [y.to(c.dtype) for y, c in zip(x, b, strict=True)]
 
         def approximate(rhs: Vector) -> Vector:
             inner = inverse(gram.R.product(rhs).double())
@@ -125,26 +133,55 @@ class Dual:
         if not math.isfinite(size):
             return SolveResult(zeros_like(b), list(b), norm(b), Status.NOT_FINITE, 0, method="dual (Cholesky)")
         return SolveResult(
-            x,
-            residual,
+            like_b(x),
+            like_b(residual),
             size,
             Status.CONVERGED if size <= tolerance else Status.MAX_ITERATIONS,
             1 + refinements,
             method=f"dual ({gram.factorization})",
-            reuse=approximate,
+            reuse=lambda rhs: like_b(approximate(rhs)),
             shifted=lambda more: self._solve(gram, shift + more, cholesky_flops(gram.R.num_rows)),
             flops=flops,
         )
 
 
+class _Double:
+    """R as a matrix in float64, for few numbers: b − Rᵀw cancels by as many digits as σ is small."""
+
+    def __init__(self, R: Rows, like: Sequence[Tensor]) -> None:
+        self.R = R
+        self.num_rows = R.num_rows
+        self.like = [x.double() for x in like]
+        self.matrix = R.rows().double()
+
+    def product(self, v: Sequence[Tensor]) -> Tensor:
+        """Rv."""
+        return self.matrix @ flatten(v).double()
+
+    def adjoint(self, w: Tensor) -> Vector:
+        """Rᵀw."""
+        return unflatten(self.matrix.mT @ w.double(), self.like)
+
+    def rows(self) -> Tensor:
+        """R."""
+        return self.matrix
+
+    def gram(self, dtype: torch.dtype) -> Tensor:
+        """RRᵀ."""
+        return symmetric_product(self.matrix.mT, self.matrix.mT, torch.float64).to(dtype)
+
+    def preimage(self, b: Sequence[Tensor]) -> Tensor | None:
+        """As R knows it."""
+        return self.R.preimage(b)
+
+
 class _Gram:
     """RRᵀ with its factorizations."""
 
-    def __init__(self, R: Rows, b: Sequence[Tensor], num_shifts: int) -> None:
+    def __init__(self, R: Rows, b: Sequence[Tensor], num_shifts: int, small: bool) -> None:
         self.R = R
         self.b = list(b)
         self.factorization = "eigendecomposition" if num_shifts > _EIGENDECOMPOSITION else "Cholesky"
-        small = float(R.num_rows) ** 2 * sum(x.numel() for x in b) <= _SMALL
         self._dtype = torch.float64 if small else b[0].dtype
 
     @cached_property
