@@ -29,6 +29,7 @@ from torchnewton.globalization import (
     LevenbergMarquardt,
     ScheduledDamping,
     TrustRegion,
+    Unit,
 )
 from torchnewton.optim import SGN, GeodesicAcceleration, Newton, NewtonCG, NewtonKrylov, SaddleEscape, StepReport
 from torchnewton.record import RecordError, Tape, outputs, record
@@ -102,6 +103,7 @@ __all__ = [
     "StepReport",
     "Tape",
     "TrustRegion",
+    "Unit",
     "UntilDisturbed",
     "complex_step_rule",
     "directional_derivative",

@@ -15,6 +15,7 @@ from torchnewton.curvature.hessian import Hessian
 from torchnewton.curvature.jacobian import Jacobian
 from torchnewton.curvature.kfac import KFAC
 from torchnewton.curvature.layer_jacobian import LayerJacobian
+from torchnewton.curvature.noise import noise_scale
 from torchnewton.curvature.operator import Diagonal, LinearOperator
 
 __all__ = [
@@ -40,4 +41,5 @@ __all__ = [
     "complex_step_rule",
     "directional_derivative",
     "forward_flops",
+    "noise_scale",
 ]

@@ -13,11 +13,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from torchnewton import vectors
-from torchnewton.curvature import Diagonal, GaussNewton, LinearOperator, forward_flops
-from torchnewton.globalization import Armijo, AutoDamping, Damping, LearnsFromNewData, LineSearch, TrustRegion
+from torchnewton.curvature import KFAC, Diagonal, GaussNewton, LinearOperator, forward_flops, noise_scale
+from torchnewton.globalization import Armijo, AutoDamping, Damping, LearnsFromNewData, LineSearch, TrustRegion, Unit
 from torchnewton.optim.acceleration import GeodesicAcceleration
 from torchnewton.optim.escape import SaddleEscape
 from torchnewton.optim.point import Point
+from torchnewton.optim.regime import EXACT, PLANE, RegimeChoice
 from torchnewton.optim.report import StepReport
 from torchnewton.record import Closure, RecordError, Tape, record, warn_about_rest
 from torchnewton.solvers import Auto, Operator, Solver, SolveResult, Status, UsesPreviousStep
@@ -60,17 +61,24 @@ class Newton(Optimizer):
     The closure may call `zero_grad()` and `backward()` as for `torch.optim.LBFGS`; it need not. It is run again
     within a step at trial points, on the same random numbers and with BatchNorm statistics held.
 
+    Where none of curvature, solver, damping, preconditioner and trust_region is given, they come in two sets, and
+    `report.regime` says which has made the step. "exact": a factorization of G + λI, Levenberg-Marquardt, while that is
+    cheap and the steps help on the batches that follow, too. "plane" otherwise: Kronecker factors of earlier batches,
+    `KFAC`, turn the gradient; the exact model of this batch is minimized over that direction and the last step,
+    `Plane`; λ in units of the gradient's noise. See `RegimeChoice`.
+
     Args:
         params: parameters or parameter groups, as for every torch optimizer.
-        curvature: makes A from a tape; `GaussNewton`.
-        solver: solves for d; `Auto()` chooses between a factorization in the space of the parameters or of the
-            outputs and CG.
-        damping: the rule for λ; `AutoDamping()`.
+        curvature: makes A from a tape; `GaussNewton`, also where only others of these five are given.
+        solver: solves for d; likewise `Auto()`, which chooses between a factorization in the space of the parameters or
+            of the outputs and CG.
+        damping: the rule for λ; likewise `AutoDamping()`.
         line_search: chooses α; `Armijo()`.
         trust_region: chooses α within a radius that the optimizer remembers, instead of `line_search`; none.
         momentum: β of a running average of the gradients that takes the place of g.
         preconditioner: approximates (A + λI)⁻¹ for an iterative solver and remembers earlier steps, as `KFAC()`.
-        acceleration: a second-order correction of d, made where a factorization exists to be used again.
+        acceleration: a second-order correction of d, made where a factorization exists to be used again; the two
+            sets have their own.
         escape: the way out of a saddle, for a curvature that may be negative, with a `trust_region`; none.
         retries: how often a step that the line search refused is solved again in the same step with λ raised.
         weight_decay: w, see above; the only option a parameter group may set.
@@ -89,7 +97,7 @@ class Newton(Optimizer):
         self,
         params: Iterable[Any],
         *,
-        curvature: Curvature = GaussNewton,
+        curvature: Curvature | None = None,
         solver: Solver | None = None,
         damping: Damping | None = None,
         line_search: LineSearch | None = None,
@@ -111,7 +119,9 @@ class Newton(Optimizer):
         if escape is not None and trust_region is None:
             raise ValueError(f"{name}: escape={escape} goes as far as a radius allows: give a trust_region, too.")
         super().__init__(params, {"weight_decay": weight_decay})
-        self.curvature = curvature
+        free = curvature is None and solver is None and damping is None and preconditioner is None
+        self.choice = RegimeChoice() if free and trust_region is None else None
+        self.curvature: Curvature = GaussNewton if curvature is None else curvature
         self.solver: Solver = Auto() if solver is None else solver
         self.damping: Damping = AutoDamping() if damping is None else damping
         self.line_search: LineSearch = Armijo() if line_search is None else line_search
@@ -119,6 +129,7 @@ class Newton(Optimizer):
         self.escape = escape
         self.momentum = momentum
         self.preconditioner = preconditioner
+        self._running: Preconditioner | None = preconditioner if self.choice is None else KFAC()
         self.acceleration = acceleration
         self.retries = retries
         self.report = StepReport()
@@ -138,16 +149,17 @@ class Newton(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """See `torch.optim.Optimizer.state_dict`; that of the preconditioner is in it."""
-        if self.preconditioner is not None:
-            self._memory["preconditioner"] = self.preconditioner.state_dict()
+        if self._running is not None:
+            self._memory["preconditioner"] = self._running.state_dict()
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """See `torch.optim.Optimizer.load_state_dict`."""
-        super().load_state_dict(state_dict)
-        kept = self._memory.pop("preconditioner", None)
-        if self.preconditioner is not None and kept is not None:
-            self.preconditioner.load_state_dict(kept)
+        states = {i: dict(state) for i, state in state_dict["state"].items()}
+        kept = [state.pop("preconditioner") for state in states.values() if "preconditioner" in state]
+        super().load_state_dict({**state_dict, "state": states})  # which casts tensors to the parameters' dtype
+        if self._running is not None and kept:
+            self._running.load_state_dict(kept[0])
 
     @torch.no_grad()
     def step(self, closure: Closure | None = None, curvature: Closure | None = None) -> Any:
@@ -166,14 +178,15 @@ class Newton(Optimizer):
         with self._timed("record"):
             point = Point(closure, [p for p, _ in pairs], [w for _, w in pairs], create_graph=self._memory["products"])
         saved = {p: dict(self.state[p]) for group in self.param_groups for p in group["params"] if p in self.state}
+        running = None if self._running is None else self._running.state_dict()
         try:
             self._check_repeatable(point)
             failure = self._advance(point, curvature)
         except BaseException:
-            self._undo(point, saved)
+            self._undo(point, saved, running)
             raise
         if failure:
-            self._undo(point, saved)
+            self._undo(point, saved, running)
             self._reject(failure)
         else:
             point.settle()
@@ -194,9 +207,10 @@ class Newton(Optimizer):
         average, gradient = self._averaged(point)
         with self._timed("search"):
             self._judge_on_new_data(point)
+        self._choose_regime(point)
         with self._timed("record"):
             A = self._operator(point, curvature)
-            self._find_scale(A, gradient)
+            self._find_scale(point, A, gradient)
         solver = self.solver_at(memory["step"])
         for _ in range(1 + self.retries):
             with self._timed("solve"):
@@ -218,13 +232,39 @@ class Newton(Optimizer):
                 self.state[p]["momentum"] = m
         return ""
 
-    def _find_scale(self, A: LinearOperator, gradient: Vector) -> None:
-        """At the first step, for a relative rule: the unit of λ is gᵀAg / gᵀg."""
-        memory = self._memory
-        if memory["scale"] is None and self.report.gradient_norm > 0:
+    def _choose_regime(self, point: Point) -> None:
+        """Without arguments: the parts of this step."""
+        if self.choice is None:
+            return
+        memory, trust = self._memory, self._memory["trust"]
+        before = memory["exact"]
+        if before is None:
+            memory["exact"] = self.choice.starts_exact(point.tape)
+        elif trust < self.choice.least_trust:
+            memory["exact"] = False
+        regime = EXACT if memory["exact"] else PLANE
+        self.report.regime = "exact" if memory["exact"] else "plane"
+        self.curvature, self.solver, self.damping = regime.curvature, regime.solver, regime.damping
+        self.acceleration = regime.acceleration
+        self.preconditioner = self._running if regime.preconditioned else None
+        if memory["exact"] != before:
+            memory.update(damping=self.damping.start(), scale=None, last=None)
+
+    def _find_scale(self, point: Point, A: LinearOperator, gradient: Vector) -> None:
+        """The unit of λ: of the curvature at the first step, of the noise as a running average."""
+        memory, unit = self._memory, self.damping.unit
+        if unit is Unit.ABSOLUTE:
+            memory["scale"] = 1.0
+        elif unit is Unit.CURVATURE and memory["scale"] is None and self.report.gradient_norm > 0:
             curvature = vectors.dot(gradient, A @ gradient) / vectors.dot(gradient, gradient)
             memory["scale"] = curvature if math.isfinite(curvature) and curvature > 0 else 1.0
             self.report.products += 1
+        elif unit is Unit.NOISE and (memory["scale"] is None or memory["step"] < 10 or memory["step"] % 10 == 0):
+            noise = noise_scale(point.tape, torch.Generator().manual_seed(memory["step"]))
+            old = memory["scale"]
+            if not (math.isfinite(noise) and noise > 0):
+                noise = old or 1.0
+            memory["scale"] = noise if old is None else 0.7 * old + 0.3 * noise
 
     def _judge_on_new_data(self, point: Point) -> None:
         """Have the closure's data changed since the last step? Then: has that step helped on them, too?"""
@@ -240,6 +280,8 @@ class Newton(Optimizer):
         self.report.loss_evaluations += 1
         new_ratio = _ratio(before - point.value, predicted)
         memory["damping"] = self.damping.update_on_new_data(damping, ratio, step_length, new_ratio)
+        if self.choice is not None:
+            memory["trust"] = self.choice.trust(memory["trust"], new_ratio)
 
     def _previous_step(self, point: Point) -> Vector | None:
         """The last step that was made, where it moved the same parameters."""
@@ -363,9 +405,11 @@ class Newton(Optimizer):
                 self.state[p]["last_step"] = x * found.step_length
         memory["damping"] = rule.update(memory["damping"], report.reduction_ratio, alpha, memory["step"] + 1)
 
-    def _undo(self, point: Point, saved: dict[Tensor, dict[str, Any]]) -> None:
+    def _undo(self, point: Point, saved: dict[Tensor, dict[str, Any]], running: dict[str, Any] | None) -> None:
         """Buffers and state as before the step; the parameters have not moved."""
         point.undo()
+        if self._running is not None and running is not None:
+            self._running.load_state_dict(running)
         for p, state in saved.items():
             self.state[p] = state
 
@@ -396,8 +440,8 @@ class Newton(Optimizer):
         """What the optimizer remembers between steps; kept, as in `torch.optim.LBFGS`, with the first parameter."""
         state: dict[str, Any] = self.state[self.param_groups[0]["params"][0]]
         if "damping" not in state:
-            scale = None if self.damping.relative else 1.0
-            state.update(step=0, damping=self.damping.start(), scale=scale, last=None)
+            scale = 1.0 if self.damping.unit is Unit.ABSOLUTE else None
+            state.update(step=0, damping=self.damping.start(), scale=scale, last=None, exact=None, trust=0.5)
             state.update(products=False, checked=False, warned=False)
             if self.trust_region is not None:
                 params = [p.detach() for group in self.param_groups for p in group["params"]]

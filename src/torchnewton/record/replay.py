@@ -126,12 +126,16 @@ class BufferSnapshot:
 
 
 @contextmanager
-def scratch_buffers() -> Iterator[None]:
+def scratch_buffers(needed: bool = True) -> Iterator[None]:
     """Let modules called inside work on copies of their buffers.
 
-    The buffers themselves are not written to: a recorded graph may need them as they are.
+    The buffers themselves are not written to: a recorded graph may need them as they are. Where the recorded run has
+    met none, they are not `needed`, and looking for them costs a call a module.
     """
     originals: Buffers = {}
+    if not needed:
+        yield
+        return
 
     def swap(module: nn.Module) -> None:
         for name, buffer in module._buffers.items():

@@ -146,7 +146,7 @@ class Tape:
             torch.enable_grad(),
             still(self.params),
             same_random_numbers(self.random_state, [p.device for p in self.params]),
-            scratch_buffers(),
+            scratch_buffers(bool(self.buffers.saved)),
             differentiable_kernels(),
             watcher,
         ):
