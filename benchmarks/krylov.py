@@ -15,7 +15,7 @@ import torch
 
 from benchmarks import krylov_report
 from benchmarks.krylov_tasks import TASKS
-from benchmarks.suite.__main__ import ROOT, run_task
+from benchmarks.suite.runs import ROOT, run_task
 from benchmarks.suite.store import Store
 from benchmarks.timing import keep_freed_memory
 from torchnewton.train.errors import UsageError

@@ -163,6 +163,7 @@ def usual(
     lbfgs_batches: Sequence[int | None] | None = None,
     lbfgs_iterations: int = 20,
     weight_decay: float = 0.0,
+    first_order_batch: int | None = None,
     levenberg: Entry | None = None,
 ) -> tuple[Entry, ...]:
     """Every method that fits a task with so many samples; `weight_decay` is that of Newton-CG.
@@ -176,7 +177,7 @@ def usual(
         sgn(batch("sgn"), cg_iterations),
         *([newton_cg(weight_decay=weight_decay)] if samples <= ALL else []),
         *(lbfgs(size, lbfgs_iterations) for size in batches),
-        *first_order(batch("adam"), sgd_rates, rates),
+        *first_order(first_order_batch or batch("adam"), sgd_rates, rates),
         rivals.torchzero_newton_cg(batch("newton")),
         *([levenberg] if levenberg else []),
     )

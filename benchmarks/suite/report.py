@@ -95,14 +95,14 @@ def _overview(rows: dict[str, list[Row]], store: Store, docs: Path) -> list[str]
     """What all tasks together say."""
     if not rows:
         return []
-    labels = {row.entry.method: row.entry.label.split(",")[0] for found in reversed(rows.values()) for row in found}
+    labels = summary.labels(rows)
     panels = {
         "CPU time": ratios(summary.costs(rows, passes=False)),
         "passes over the data": ratios(summary.costs(rows, passes=True)),
     }
     figures.draw_profiles(panels, labels, docs / "figures/profiles.svg")
     first = ", ".join(f"{labels[m]} {values.count(1.0)}" for m, values in panels["CPU time"].items())
-    text = f"Share of the {len(rows)} tasks solved within a factor of the best; soonest of all: {first}"
+    text = f"Share of the {len(rows)} tasks solved within a factor of the best; soonest of all, by tasks: {first}"
     picture = f"![{text}](figures/profiles.svg)"
     parts = [f"{SUMMARY}\n\n{summary.summary_table(rows)}", f"{PROFILES}\n\n{picture}"]
     tables = {name: summary.sensitivity_table(found, store.get) for name, found in rows.items()}
@@ -152,8 +152,8 @@ def _section(task: Task, rows: list[Row], docs: Path) -> str:
 def _budget(task: Task) -> str:
     search = task.limit if task.search_limit is None else task.search_limit
     return (
-        f"Every run has at most {task.limit:g} s, a run of the rate search {search:g} s; one that reaches the strictest "
-        f"target has at least {task.seconds:g} s. In the picture, thin lines are seeds and thick lines their medians; "
+        f"Every run has at most {task.limit:g} s, a run of the rate search {search:g} s; one that reaches the "
+        f"strictest target has at least {task.seconds:g} s. In the picture, thin lines are seeds and thick lines their medians; "
         "dashed: the targets."
     )
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from benchmarks.suite.methods import FIRST_ORDER
 from benchmarks.suite.profiles import Costs
+from benchmarks.suite.rivals import package
 from benchmarks.suite.rows import Get, Row
 from benchmarks.suite.sensitivity import Variation, variations
 from benchmarks.suite.tables import number, table, value_text
@@ -102,20 +103,28 @@ def summary_table(rows: dict[str, list[Row]]) -> str:
 
 def costs(rows: dict[str, list[Row]], passes: bool) -> Costs:
     """What the performance profiles are made of: the median cost of each method to the strictest target."""
+    found: dict[str, dict[str, float]] = {}
+    for name, of_task in rows.items():
+        found[name] = {}
+        for row in of_task:
+            goal, method = row.task.targets[-1], profiled(row)
+            cost = row.median_passes(goal) if passes else row.median_seconds(goal)
+            found[name][method] = min(cost, found[name].get(method, math.inf))
+    return found
+
+
+def profiled(row: Row) -> str:
+    """A method's name in the profiles: L-BFGS is one with or without mini-batches, the better of the two on each task."""
+    return "lbfgs" if row.entry.method.startswith("lbfgs") else row.entry.method
+
+
+def labels(rows: dict[str, list[Row]]) -> dict[str, str]:
+    """What the profiles call the methods; constants of a task are left out."""
     return {
-        name: {
-            _profiled(row): row.median_passes(goal) if passes else row.median_seconds(goal)
-            for row in found
-            for goal in row.task.targets[-1:]
-        }
-        for name, found in rows.items()
-        if found
+        profiled(row): row.entry.label if package(row.entry) else row.entry.label.split(",")[0]
+        for of_task in rows.values()
+        for row in of_task
     }
-
-
-def _profiled(row: Row) -> str:
-    """L-BFGS is one method with or without mini-batches: the better of the two on each task."""
-    return row.entry.method.split("-")[0] if row.entry.method.startswith("lbfgs") else row.entry.method
 
 
 def sensitivity_table(rows: Sequence[Row], get: Get) -> str:

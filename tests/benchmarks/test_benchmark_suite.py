@@ -9,13 +9,13 @@ from torch import nn
 
 import torchnewton as tn
 from benchmarks.suite import measure, networks, report, summary
-from benchmarks.suite.__main__ import names_longest_first, run_task
 from benchmarks.suite.criteria import _newton_cg_moves, _wins
 from benchmarks.suite.measure import Point
-from benchmarks.suite.methods import first_order, newton, newton_cg, sgd
+from benchmarks.suite.methods import first_order, lbfgs, newton, newton_cg, sgd
 from benchmarks.suite.problems import Poisson, Supervised, Training
 from benchmarks.suite.profiles import profile, ratios
 from benchmarks.suite.rows import Row, collect, key_of
+from benchmarks.suite.runs import names_longest_first, run_task
 from benchmarks.suite.sensitivity import variations
 from benchmarks.suite.store import Key, Run, Store
 from benchmarks.suite.task import Budget, Task
@@ -69,6 +69,13 @@ def test_passes_are_gradients_times_the_batch_over_the_samples():
     assert row(newton(None), (2.0, 30.0, 1e-3)).median_passes(1e-2) == 30.0
     assert math.isinf(row(newton(50), (2.0, 30.0, 1.0)).median_passes(1e-2))
     assert row(newton(50), (2.0, 30.0, 1.0)).passes_bound(1e-2) == 15.0
+
+
+def test_profiles_take_the_better_of_two_batches_of_lbfgs():
+    rows = {"made-up": [row(lbfgs(None), (5.0, 3.0, 1e-3)), row(lbfgs(50), (2.0, 8.0, 1e-3))]}
+    assert summary.costs(rows, passes=False) == {"made-up": {"lbfgs": 2.0}}
+    assert summary.costs(rows, passes=True) == {"made-up": {"lbfgs": 3.0}}
+    assert summary.labels(rows) == {"lbfgs": "L-BFGS"}
 
 
 def test_the_rival_is_the_first_order_method_that_is_soonest():

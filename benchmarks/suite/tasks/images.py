@@ -54,7 +54,7 @@ IMAGES = (
         "Fashion-MNIST, every image with mean 0 and deviation 1, a LeNet of 44,426 parameters, cross entropy; tested "
         "on 2,000 of the test images.",
         "test accuracy",
-        targets=(0.85,),
+        targets=(0.87,),
         published="SGN 88.89 % in 270 s, SGD 89.08 % in 325 s (GTX TITAN X)",
         seconds=6,
         search_seconds=2,
@@ -121,7 +121,7 @@ IMAGES = (
         "784-250-30-250-784 with sigmoids on 10,000 images of MNIST, tested on 2,000 others; cross entropy of the "
         "pixels, summed over an image.",
         "test cross entropy",
-        targets=(110.0,),
+        targets=(90.0,),
         published="none for this network; on a deeper one K-FAC needs 3.8 times less time than SGD with momentum",
         seconds=6,
         search_seconds=2,

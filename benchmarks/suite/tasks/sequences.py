@@ -27,6 +27,6 @@ SEQUENCES = (
             named("transformer"),
             test_loss=True,
         ),
-        entries=usual("text", 15_685, lbfgs_batches=(1000,)),
+        entries=usual("text", 15_685, first_order_batch=32, lbfgs_batches=(1000,)),
     ),
 )
