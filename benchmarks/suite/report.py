@@ -153,8 +153,8 @@ def _budget(task: Task) -> str:
     search = task.limit if task.search_limit is None else task.search_limit
     return (
         f"Every run has at most {task.limit:g} s, a run of the rate search {search:g} s; one that reaches the "
-        f"strictest target has at least {task.seconds:g} s. In the picture, thin lines are seeds and thick lines their medians; "
-        "dashed: the targets."
+        f"strictest target has at least {task.seconds:g} s. In the picture, thin lines are seeds and thick lines their "
+        "medians; dashed: the targets."
     )
 
 

@@ -114,7 +114,7 @@ def costs(rows: dict[str, list[Row]], passes: bool) -> Costs:
 
 
 def profiled(row: Row) -> str:
-    """A method's name in the profiles: L-BFGS is one with or without mini-batches, the better of the two on each task."""
+    """A method's name in the profiles: L-BFGS is one, with or without mini-batches, the better on each task."""
     return "lbfgs" if row.entry.method.startswith("lbfgs") else row.entry.method
 
 
