@@ -14,7 +14,7 @@ import torch
 from benchmarks.suite import rivals, sensitivity
 from benchmarks.suite.measure import Step
 from benchmarks.suite.measure import run as measured
-from benchmarks.suite.problems import Problem
+from benchmarks.suite.problems import Problem, Training
 from benchmarks.suite.rows import Get, Row, best_rate, key_of, searched
 from benchmarks.suite.store import Key, Run, Store, about
 from benchmarks.suite.task import Entry, Task
@@ -25,17 +25,32 @@ from torchnewton.train.errors import UsageError
 ROOT = Path(__file__).parent.parent.parent
 
 
-def measure_key(problem: Problem, task: Task, entry: Entry, key: Key) -> Run:
-    """The run of `key`, after a step of a copy that pays what only first steps cost."""
+def measure_key(problem: Problem, task: Task, entry: Entry, key: Key, warm: set[str]) -> Run:
+    """The run of `key`; a method that is not `warm` first makes a step of a copy, for what only first steps cost."""
 
     def start() -> tuple[Step, Callable[[], float]]:
         training = problem.training(key.seed)
-        return entry.start(training, key.batch, 1.0 if key.lr is None else key.lr), training.test
+        return _safe_start(entry, training, key), training.test
 
-    with suppress(Exception):  # the run that counts meets it again
-        start()[0]()
+    if entry.method not in warm:
+        with suppress(Exception):  # the run that counts meets it again
+            start()[0]()
+        warm.add(entry.method)
     points, status = measured(*start(), key.seconds, key.limit, lambda value: task.reaches(value, task.targets[-1]))
     return Run(key, status, points, about())
+
+
+def _safe_start(entry: Entry, training: Training, key: Key) -> Step:
+    """A method that cannot start fails in its first step, which is a result."""
+    try:
+        return entry.start(training, key.batch, 1.0 if key.lr is None else key.lr)
+    except Exception as error:
+        failure = error
+
+        def step() -> float:
+            raise failure
+
+        return step
 
 
 def run_task(task: Task, seeds: int, data_dir: Path, store: Store) -> None:
@@ -45,12 +60,13 @@ def run_task(task: Task, seeds: int, data_dir: Path, store: Store) -> None:
     if task.samples and size != task.samples:
         raise UsageError(f"{task.name} has {task.samples} training samples, the files in {data_dir} give {size}.")
     found = [entry for entry in task.entries if not rivals.is_missing(entry)]
+    warm: set[str] = set()
 
     def getter(entry: Entry) -> Get:
         def get(key: Key) -> Run:
             run = store.get(key)
             if run is None:
-                run = measure_key(problem, task, entry, key)
+                run = measure_key(problem, task, entry, key, warm)
                 store.add(run)
                 _say(task, entry, run)
             return run

@@ -18,7 +18,7 @@ from benchmarks.suite.rows import Row, collect, key_of
 from benchmarks.suite.runs import names_longest_first, run_task
 from benchmarks.suite.sensitivity import variations
 from benchmarks.suite.store import Key, Run, Store
-from benchmarks.suite.task import Budget, Task
+from benchmarks.suite.task import Budget, Entry, Task
 from benchmarks.suite.tasks import TASKS
 from torchnewton.train.data import Dataset
 
@@ -256,6 +256,17 @@ def test_runs_are_kept_and_the_page_comes_from_them(tmp_path):
     assert f"{best:.2e}"[:4] in page or f"{best:.4g}" in page
     assert (tmp_path / "docs/figures/profiles.svg").is_file()
     assert (tmp_path / "docs/figures/made-up.svg").is_file()
+
+
+def test_a_method_that_cannot_start_is_a_result(tmp_path):
+    def start(training, batch, constant):
+        raise ImportError("a part is missing")
+
+    task = replace(small_task(), entries=(Entry("broken", "Broken", start, 20),))
+    store = Store(tmp_path)
+    run_task(task, 1, tmp_path, store)
+    (found,) = store.runs.values()
+    assert found.status == "ImportError: a part is missing"
 
 
 def test_the_search_chooses_the_rate_that_is_soonest_at_the_target():
