@@ -81,7 +81,7 @@ CURVES = (
         samples=20_000,
         problem=lambda folder: Supervised(sets.sinc(), dense(20, activation=nn.Tanh)),
         entries=(
-            newton(1000),
+            newton(None),
             sgn(1000, 20),
             newton_cg(),
             lbfgs(None),

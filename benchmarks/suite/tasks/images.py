@@ -79,7 +79,14 @@ IMAGES = (
         samples=2000,
         sensitivity=15,
         problem=lambda folder: _cnn(sets.held_out(_mnist(folder), 2000, 1000)),
-        entries=usual("classification", 2000, sgd_rates=SMALL_SGD, lbfgs_iterations=4, weight_decay=1 / (C * 2000)),
+        entries=usual(
+            "classification",
+            2000,
+            sgd_rates=SMALL_SGD,
+            first_order_batch=32,
+            lbfgs_iterations=4,
+            weight_decay=1 / (C * 2000),
+        ),
     ),
     Task(
         "cnn-cifar",
@@ -93,7 +100,14 @@ IMAGES = (
         limit=25,
         samples=3500,
         problem=lambda folder: _cnn(data.load("cifar10-npz", folder)),
-        entries=usual("classification", 3500, sgd_rates=SMALL_SGD, lbfgs_iterations=4, weight_decay=1 / (C * 3500)),
+        entries=usual(
+            "classification",
+            3500,
+            sgd_rates=SMALL_SGD,
+            first_order_batch=32,
+            lbfgs_iterations=4,
+            weight_decay=1 / (C * 3500),
+        ),
     ),
     Task(
         "mnist-cnn-1026",
