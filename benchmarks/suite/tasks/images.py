@@ -74,10 +74,10 @@ IMAGES = (
         published="none for this part; the target is asked for",
         seconds=8,
         search_seconds=3,
-        search_limit=8,
-        limit=25,
+        search_limit=12,
+        limit=40,
         samples=2000,
-        sensitivity=15,
+        sensitivity=20,
         problem=lambda folder: _cnn(sets.held_out(_mnist(folder), 2000, 1000)),
         entries=usual(
             "classification",
