@@ -1,7 +1,8 @@
 """All tasks by name.
 
-How targets were chosen: a published value where there is one that a run of seconds can reach; else, after short trials
-of Adam at five rates on one seed, a round value that the best of them reached within 2 to 8 s of CPU time.
+How targets were chosen: the published or asked for value where there is one; else, after short trials of Adam at two or
+three rates on one seed, a round value that the best of them reached within 2 to 8 s of CPU time. Those of cnn-cifar and
+the easier one of sine-100 are guesses.
 """
 
 from benchmarks.suite.tasks.classes import CLASSES
