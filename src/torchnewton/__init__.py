@@ -30,8 +30,8 @@ from torchnewton.globalization import (
     ScheduledDamping,
     TrustRegion,
 )
-from torchnewton.optim import SGN, GeodesicAcceleration, Newton, NewtonCG, NewtonKrylov, SaddleEscape, StepReport
-from torchnewton.record import RecordError, Tape, outputs, record
+from torchnewton.optim import SGN, GeodesicAcceleration, Newton, NewtonCG, NewtonKrylov, SaddleEscape, StepReport, Subsets
+from torchnewton.record import RecordError, Tape, outputs, over, record
 from torchnewton.solvers import (
     CG,
     MINRES,
@@ -100,12 +100,14 @@ __all__ = [
     "Status",
     "SteihaugCG",
     "StepReport",
+    "Subsets",
     "Tape",
     "TrustRegion",
     "UntilDisturbed",
     "complex_step_rule",
     "directional_derivative",
     "outputs",
+    "over",
     "record",
     "spectrum",
 ]

@@ -11,22 +11,25 @@ from torchnewton.solvers import CG
 
 
 class NewtonCG(Newton):
-    """Newton-CG: CG on (G + λI)d = −g, the gradient from much data, the Gauss-Newton matrix G from a part of it.
+    """Newton-CG: CG on (G + λI)d = −g, the gradient of all data, the Gauss-Newton matrix G of a part of them.
 
-        optimizer.step(closure, curvature=closure_on_a_subset)
+        data = tn.over(torch.arange(len(x)).split(1024), loss_of_indices)
+        subsets = tn.Subsets(len(x), fraction=0.05)
+        optimizer.step(data, curvature=tn.over(next(subsets).split(1024), loss_of_indices))
 
-    The paper takes the gradient of all data and G of 5 % of them. CG starts at 0 and stops at ‖r‖ ≤ 0.1‖g‖ or after 250
-    iterations. The line search halves α from 1 until f(θ + αd) − f(θ) ≤ 1e-4·α·gᵀd. The predicted reduction
-    −αgᵀd − ½α²dᵀGd leaves λ out; λ starts at 1, grows by 3/2 where ρ < ¼ and shrinks by 2/3 where ρ > ¾.
+    CG starts at 0 and stops at ‖r‖ ≤ 0.1‖g‖ or after 250 iterations. The line search on the objective of all data halves
+    α from 1 until f(θ + αd) − f(θ) ≤ 1e-4·α·gᵀd. The predicted reduction −αgᵀd − ½α²dᵀGd leaves λ out; the residual r
+    of CG gives it without a product, dᵀGd = dᵀ(−g − r − λd). λ starts at 1, grows by 3/2 where ρ < ¼ and shrinks by 2/3
+    where ρ > ¾.
 
     Its objective ‖θ‖²/(2Cl) + (1/l) Σ‖z − y‖² over l samples, C = 0.01, is `weight_decay` = 1/(Cl) with the squared
     error summed over the classes.
 
-    Cost: one gradient of the closure, 4/3 of a gradient of the other closure for each CG iteration, 1/3 for each
-    evaluation.
+    Cost: one gradient of all data and 1/3 for each evaluation; for each CG iteration 7/3 of a gradient of the subset, or
+    4/3 and less where it fits into one batch, whose graph is kept. Memory: that of one batch, see `over`.
     Source: Wang, Tan, Lin, "Newton Methods for Convolutional Neural Networks", arXiv 1811.06100, and its code simpleNN.
     Deviations: at most `max_halvings` halvings, after which the step is refused and λ raised, where simpleNN goes on
-    for ever; a step that is not finite is rejected; all data go through the closure at once.
+    for ever; a step that is not finite is rejected.
     """
 
     def __init__(

@@ -1,9 +1,11 @@
 """Closure → tape: what a run of the user's unchanged closure tells."""
 
 from torchnewton.record.errors import RecordError
+from torchnewton.record.over import Objective, Weights, over
 from torchnewton.record.recorder import LayerCall, outputs
-from torchnewton.record.replay import Closure, moved
+from torchnewton.record.replay import Closure, RandomState, moved, same_random_numbers
 from torchnewton.record.samples import NotPerSampleError, PerSample
+from torchnewton.record.stream import StreamedTape, start
 from torchnewton.record.tape import Tape, record
 from torchnewton.record.term import Piece, Term, warn_about_rest
 
@@ -12,12 +14,19 @@ __all__ = [
     "LayerCall",
     "NotPerSampleError",
     "PerSample",
+    "Objective",
     "Piece",
+    "RandomState",
     "RecordError",
+    "StreamedTape",
     "Tape",
     "Term",
+    "Weights",
     "moved",
     "outputs",
+    "over",
     "record",
+    "same_random_numbers",
+    "start",
     "warn_about_rest",
 ]
