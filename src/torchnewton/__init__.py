@@ -30,7 +30,16 @@ from torchnewton.globalization import (
     ScheduledDamping,
     TrustRegion,
 )
-from torchnewton.optim import SGN, GeodesicAcceleration, Newton, NewtonCG, NewtonKrylov, SaddleEscape, StepReport, Subsets
+from torchnewton.optim import (
+    SGN,
+    GeodesicAcceleration,
+    Newton,
+    NewtonCG,
+    NewtonKrylov,
+    SaddleEscape,
+    StepReport,
+    Subsets,
+)
 from torchnewton.record import RecordError, Tape, outputs, over, record
 from torchnewton.solvers import (
     CG,

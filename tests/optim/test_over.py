@@ -306,5 +306,3 @@ def test_resume_is_exact():
     torch.set_rng_state(saved[3])
     run(resumed, optimizer, others, 4)
     assert differences(snapshot(resumed), snapshot(model)) == []
-
-

@@ -17,16 +17,16 @@ class NewtonCG(Newton):
         subsets = tn.Subsets(len(x), fraction=0.05)
         optimizer.step(data, curvature=tn.over(next(subsets).split(1024), loss_of_indices))
 
-    CG starts at 0 and stops at ‖r‖ ≤ 0.1‖g‖ or after 250 iterations. The line search on the objective of all data halves
-    α from 1 until f(θ + αd) − f(θ) ≤ 1e-4·α·gᵀd. The predicted reduction −αgᵀd − ½α²dᵀGd leaves λ out; the residual r
-    of CG gives it without a product, dᵀGd = dᵀ(−g − r − λd). λ starts at 1, grows by 3/2 where ρ < ¼ and shrinks by 2/3
-    where ρ > ¾.
+    CG starts at 0 and stops at ‖r‖ ≤ 0.1‖g‖ or after 250 iterations. The line search on the objective of all data
+    halves α from 1 until f(θ + αd) − f(θ) ≤ 1e-4·α·gᵀd. The predicted reduction −αgᵀd − ½α²dᵀGd leaves λ out; the
+    residual r of CG gives it without a product, dᵀGd = dᵀ(−g − r − λd). λ starts at 1, grows by 3/2 where ρ < ¼ and
+    shrinks by 2/3 where ρ > ¾.
 
     Its objective ‖θ‖²/(2Cl) + (1/l) Σ‖z − y‖² over l samples, C = 0.01, is `weight_decay` = 1/(Cl) with the squared
     error summed over the classes.
 
-    Cost: one gradient of all data and 1/3 for each evaluation; for each CG iteration 7/3 of a gradient of the subset, or
-    4/3 and less where it fits into one batch, whose graph is kept. Memory: that of one batch, see `over`.
+    Cost: one gradient of all data and 1/3 for each evaluation; for each CG iteration 7/3 of a gradient of the subset,
+    or 4/3 and less where it fits into one batch, whose graph is kept. Memory: that of one batch, see `over`.
     Source: Wang, Tan, Lin, "Newton Methods for Convolutional Neural Networks", arXiv 1811.06100, and its code simpleNN.
     Deviations: at most `max_halvings` halvings, after which the step is refused and λ raised, where simpleNN goes on
     for ever; a step that is not finite is rejected.
