@@ -81,8 +81,8 @@ class Average(LinearOperator):
         A = self._curvature(tape)
         if isinstance(A, Halves):
             raise ValueError(
-                "disagreement of halves is not known of a curvature that is streamed: leave it out (disagreement=None), "
-                "or give a closure on one batch."
+                "the disagreement of halves is not known of a curvature that is streamed: leave it out "
+                "(disagreement=None), or give a closure on one batch."
             )
         if [x.shape for x in A.domain] != [x.shape for x in A.codomain]:
             raise ValueError(

@@ -1,7 +1,7 @@
 """Closure → tape: what a run of the user's unchanged closure tells."""
 
 from torchnewton.record.errors import RecordError
-from torchnewton.record.over import Objective, Weights, over
+from torchnewton.record.over import Objective, Progress, Weights, over
 from torchnewton.record.recorder import LayerCall, outputs
 from torchnewton.record.replay import Closure, RandomState, moved, same_random_numbers
 from torchnewton.record.samples import NotPerSampleError, PerSample
@@ -16,6 +16,7 @@ __all__ = [
     "Objective",
     "PerSample",
     "Piece",
+    "Progress",
     "RandomState",
     "RecordError",
     "StreamedTape",
