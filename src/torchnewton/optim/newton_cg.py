@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from torchnewton.globalization import Armijo, LevenbergMarquardt
+from torchnewton.globalization import Armijo, Damping, LevenbergMarquardt
 from torchnewton.optim.newton import Newton
 from torchnewton.solvers import CG
 
@@ -22,6 +22,8 @@ class NewtonCG(Newton):
     residual r of CG gives it without a product, dᵀGd = dᵀ(−g − r − λd). λ starts at 1, grows by 3/2 where ρ < ¼ and
     shrinks by 2/3 where ρ > ¾.
 
+    `damping` is the first λ, or another rule than this one.
+
     Its objective ‖θ‖²/(2Cl) + (1/l) Σ‖z − y‖² over l samples, C = 0.01, is `weight_decay` = 1/(Cl) with the squared
     error summed over the classes.
 
@@ -36,17 +38,18 @@ class NewtonCG(Newton):
         self,
         params: Iterable[Any],
         *,
-        damping: float = 1.0,
+        damping: float | Damping = 1.0,
         rtol: float = 0.1,
         max_iterations: int = 250,
+        sufficient_decrease: float = 1e-4,
         max_halvings: int = 20,
         weight_decay: float = 0.0,
     ) -> None:
         super().__init__(
             params,
             solver=CG(rtol=rtol, max_iterations=max_iterations),
-            damping=LevenbergMarquardt(initial=damping),
-            line_search=Armijo(decrease=1e-4, max_halvings=max_halvings),
+            damping=LevenbergMarquardt(initial=damping) if isinstance(damping, (int, float)) else damping,
+            line_search=Armijo(decrease=sufficient_decrease, max_halvings=max_halvings),
             acceleration=None,
             weight_decay=weight_decay,
         )
