@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from torchnewton import vectors
-from torchnewton.record import Closure, RecordError, StreamedTape, Tape, moved, start
+from torchnewton.record import Closure, RecordError, StreamedTape, Tape, moved, tape_of
 from torchnewton.vectors import Vector
 
 
@@ -30,7 +30,7 @@ class Point:
         self.params = list(params)
         self.weight_decay = list(weight_decay)
         self.closure = closure
-        self.tape = start(closure, self.params, create_graph=create_graph)
+        self.tape = tape_of(closure, self.params, create_graph=create_graph)
         self._settled = [self.tape.buffers.renewed()]
         self.loss = float(self.tape.loss)
         self.value = self.loss + self._penalty()

@@ -5,7 +5,7 @@ from torchnewton.record.over import Objective, Progress, Weights, over
 from torchnewton.record.recorder import LayerCall, outputs
 from torchnewton.record.replay import Closure, RandomState, moved, same_random_numbers
 from torchnewton.record.samples import NotPerSampleError, PerSample
-from torchnewton.record.stream import StreamedTape, start
+from torchnewton.record.stream import StreamedTape, tape_of
 from torchnewton.record.tape import Tape, record
 from torchnewton.record.term import Piece, Term, warn_about_rest
 
@@ -28,6 +28,6 @@ __all__ = [
     "over",
     "record",
     "same_random_numbers",
-    "start",
+    "tape_of",
     "warn_about_rest",
 ]

@@ -117,7 +117,7 @@ class StreamedTape:
         return tape.loss
 
 
-def start(objective: Closure, params: Sequence[Tensor], *, create_graph: bool = True) -> Tape | StreamedTape:
+def tape_of(objective: Closure, params: Sequence[Tensor], *, create_graph: bool = True) -> Tape | StreamedTape:
     """The tape of a closure, or of an objective: streamed unless it has a single batch."""
     if isinstance(objective, Objective) and objective.is_streamed:
         return StreamedTape(objective, params)
