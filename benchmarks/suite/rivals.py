@@ -20,7 +20,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks.suite.measure import Step
 from benchmarks.suite.problems import Training
 from benchmarks.suite.task import Entry
-from torchnewton.curvature import forward_flops
 from torchnewton.record import record
 
 TORCHZERO, LEVENBERG = "torchzero", "torch-levenberg-marquardt"
@@ -167,7 +166,7 @@ def _flops(training: Training, size: int | None) -> Callable[[int, str, int], fl
     """Operations of the dense algebra in gradients of a batch: of rows JᵀJ (or JJᵀ) and of factorizations."""
     params = list(training.model.parameters())
     batch = next(training.batches(size))
-    gradient = max(3 * forward_flops(record(lambda: training.loss(batch), params)), 1.0)
+    gradient = max(3 * record(lambda: training.loss(batch), params).forward_flops, 1.0)
     n = sum(p.numel() for p in params)
 
     def work(rows: int, solver: str, solves: int) -> float:

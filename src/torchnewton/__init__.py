@@ -31,8 +31,17 @@ from torchnewton.globalization import (
     TrustRegion,
     Unit,
 )
-from torchnewton.optim import SGN, GeodesicAcceleration, Newton, NewtonCG, NewtonKrylov, SaddleEscape, StepReport
-from torchnewton.record import RecordError, Tape, outputs, record
+from torchnewton.optim import (
+    SGN,
+    GeodesicAcceleration,
+    Newton,
+    NewtonCG,
+    NewtonKrylov,
+    SaddleEscape,
+    StepReport,
+    Subsets,
+)
+from torchnewton.record import RecordError, Tape, outputs, over, record
 from torchnewton.solvers import (
     CG,
     MINRES,
@@ -101,6 +110,7 @@ __all__ = [
     "Status",
     "SteihaugCG",
     "StepReport",
+    "Subsets",
     "Tape",
     "TrustRegion",
     "Unit",
@@ -108,6 +118,7 @@ __all__ = [
     "complex_step_rule",
     "directional_derivative",
     "outputs",
+    "over",
     "record",
     "spectrum",
 ]

@@ -9,9 +9,10 @@ from tasks import images, values
 
 from torchnewton.train.checkpoint import RunFolder, free_name, new_folder, to_json, write_atomically
 from torchnewton.train.errors import UsageError
-from torchnewton.train.loop import Budget, Run, train
+from torchnewton.train.loop import Budget, Run, loss_function, train
 from torchnewton.train.methods import NAMES, make_optimizer
 from torchnewton.train.models import build
+from torchnewton.train.prepare import prepared
 
 
 def make(method="sgd", data=None, batch_size=8, lr=None):
@@ -44,6 +45,39 @@ def test_a_saved_run_continues_bit_for_bit(tmp_path, method, stop_at):
     assert curve(second) == curve(whole)
     for a, b in zip(second.model.parameters(), whole.model.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("method", ["newton-cg", "newton", "sgn", "newton-krylov"])
+def test_a_step_on_all_data_continues_bit_for_bit(tmp_path, method):
+    """The subsets go on where they were, into the second pass over them."""
+
+    data = prepared(images(), loss="squared-error", validation=0.2)
+
+    def run():
+        made = make(method, data)
+        made.subset = 0.4
+        return made
+
+    whole = run()
+    assert (whole.steps_per_epoch, whole.samples_per_step) == (1, 32)
+    train(whole, Budget(epochs=5))
+    assert whole.history[-1].train_loss < whole.history[0].train_loss
+    first = run()
+    train(first, Budget(epochs=2))
+    RunFolder(tmp_path).save(first)
+    second = run()
+    RunFolder(tmp_path).load(second)
+    train(second, Budget(epochs=5))
+    assert curve(second) == curve(whole)
+    assert [r.validation_accuracy for r in second.history] == [r.validation_accuracy for r in whole.history]
+    scores = [r.validation_score for r in whole.history]
+    assert whole.best is whole.history[scores.index(max(scores))]
+
+
+def test_squared_error_is_summed_over_the_classes():
+    z, y = torch.randn(5, 3), torch.tensor([0, 2, 1, 1, 0])
+    expected = sum(((z[i] - torch.eye(3)[y[i]]) ** 2).sum() for i in range(5)) / 5
+    assert torch.allclose(loss_function(z, y, "squared-error"), expected)
 
 
 def test_a_run_is_recorded_at_the_start_and_after_each_epoch():

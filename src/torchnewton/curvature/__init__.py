@@ -3,7 +3,6 @@
 from torchnewton.curvature.average import Average
 from torchnewton.curvature.block_diagonal import Blocks
 from torchnewton.curvature.complex_step import ComplexPair, ComplexStepHessian, complex_step_rule
-from torchnewton.curvature.cost_model import forward_flops
 from torchnewton.curvature.difference_jacobian import DifferenceJacobian
 from torchnewton.curvature.directional import Autodiff, ComplexStep, FiniteDifference, directional_derivative
 from torchnewton.curvature.estimate import Estimate
@@ -40,6 +39,5 @@ __all__ = [
     "LinearOperator",
     "complex_step_rule",
     "directional_derivative",
-    "forward_flops",
     "noise_scale",
 ]

@@ -7,5 +7,6 @@ from torchnewton.optim.newton_cg import NewtonCG
 from torchnewton.optim.newton_krylov import NewtonKrylov
 from torchnewton.optim.report import StepReport
 from torchnewton.optim.sgn import SGN
+from torchnewton.optim.subsets import Subsets
 
-__all__ = ["SGN", "GeodesicAcceleration", "Newton", "NewtonCG", "NewtonKrylov", "SaddleEscape", "StepReport"]
+__all__ = ["SGN", "GeodesicAcceleration", "Newton", "NewtonCG", "NewtonKrylov", "SaddleEscape", "StepReport", "Subsets"]

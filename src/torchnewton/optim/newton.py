@@ -13,14 +13,23 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from torchnewton import vectors
-from torchnewton.curvature import KFAC, Diagonal, GaussNewton, LinearOperator, forward_flops, noise_scale
+from torchnewton.curvature import KFAC, Average, Diagonal, GaussNewton, LinearOperator, noise_scale
 from torchnewton.globalization import Armijo, AutoDamping, Damping, LearnsFromNewData, LineSearch, TrustRegion, Unit
 from torchnewton.optim.acceleration import GeodesicAcceleration
 from torchnewton.optim.escape import SaddleEscape
 from torchnewton.optim.point import Point
 from torchnewton.optim.regime import EXACT, PLANE, RegimeChoice
 from torchnewton.optim.report import StepReport
-from torchnewton.record import Closure, RecordError, Tape, record, warn_about_rest
+from torchnewton.record import (
+    Closure,
+    Objective,
+    RecordError,
+    StreamedTape,
+    Tape,
+    record,
+    same_random_numbers,
+    warn_about_rest,
+)
 from torchnewton.solvers import Auto, Operator, Solver, SolveResult, Status, UsesPreviousStep
 from torchnewton.vectors import Vector
 
@@ -176,7 +185,8 @@ class Newton(Optimizer):
         if self.trust_region is not None:
             self.report.radius = self.radius
         with self._timed("record"):
-            point = Point(closure, [p for p, _ in pairs], [w for _, w in pairs], create_graph=self._memory["products"])
+            create_graph = self._memory["products"] and curvature is None
+            point = Point(closure, [p for p, _ in pairs], [w for _, w in pairs], create_graph=create_graph)
         saved = {p: dict(self.state[p]) for group in self.param_groups for p in group["params"] if p in self.state}
         running = None if self._running is None else self._running.state_dict()
         try:
@@ -225,7 +235,7 @@ class Newton(Optimizer):
             if report.accepted:
                 break
         report.gradient_equivalents += 1 + report.loss_evaluations / 3
-        report.gradient_equivalents += report.products * A.gradients_per_product
+        report.gradient_equivalents += _share(point, curvature) * report.products * A.gradients_per_product
         memory["step"] += 1
         if self.momentum:
             for p, m in zip(point.params, average, strict=True):
@@ -240,7 +250,7 @@ class Newton(Optimizer):
         before = memory["exact"]
         if before is None:
             memory["exact"] = self.choice.starts_exact(point.tape)
-        elif trust < self.choice.least_trust:
+        elif trust < self.choice.least_trust and isinstance(point.tape, Tape):
             memory["exact"] = False
         regime = EXACT if memory["exact"] else PLANE
         self.report.regime = "exact" if memory["exact"] else "plane"
@@ -260,7 +270,7 @@ class Newton(Optimizer):
             memory["scale"] = curvature if math.isfinite(curvature) and curvature > 0 else 1.0
             self.report.products += 1
         elif unit is Unit.NOISE and (memory["scale"] is None or memory["step"] < 10 or memory["step"] % 10 == 0):
-            noise = noise_scale(point.tape, torch.Generator().manual_seed(memory["step"]))
+            noise = noise_scale(point.recorded, torch.Generator().manual_seed(memory["step"]))
             old = memory["scale"]
             if not (math.isfinite(noise) and noise > 0):
                 noise = old or 1.0
@@ -300,11 +310,19 @@ class Newton(Optimizer):
 
     def _operator(self, point: Point, curvature: Closure | None) -> LinearOperator:
         """The curvature of the objective, from the step's own tape or from another closure's."""
-        tape = point.tape
-        if curvature is not None:
-            tape = record(curvature, point.params)
-            point.settled_by(tape)
-        A = self.curvature(tape)
+        A: LinearOperator
+        tape: Tape | StreamedTape
+        objective = point.closure if curvature is None else curvature
+        if isinstance(objective, Objective) and objective.is_streamed:
+            same = point.tape.random_state if curvature is None else None
+            with same_random_numbers(same, [p.device for p in point.params]):
+                A = average = Average(objective, point.params, curvature=self.curvature)
+            tape = average.tape
+        else:
+            tape = point.recorded if curvature is None else record(curvature, point.params)
+            if curvature is not None:
+                point.settled_by(tape)
+            A = self.curvature(tape)
         if tape.has_rest and not A.covers_whole_loss and not self._memory["warned"]:
             self._memory["warned"] = True
             warn_about_rest()
@@ -320,7 +338,7 @@ class Newton(Optimizer):
         rhs = point.tape.descent if gradient is point.tape.gradient else vectors.scale(gradient, -1.0)
         start = self._previous_step(point) if isinstance(solver, UsesPreviousStep) else None
         if self.preconditioner is not None:
-            self.preconditioner.update(point.tape)
+            self.preconditioner.update(point.recorded)
         while True:
             damping = report.damping = memory["damping"] * memory["scale"]
             result = solver.solve(A + damping, rhs, start, self.inverse_at(gradient, damping))
@@ -335,7 +353,7 @@ class Newton(Optimizer):
         report.inner_iterations += result.num_iterations
         report.products += result.num_products
         report.loss_evaluations += result.num_evaluations
-        report.gradient_equivalents += result.flops / max(3 * forward_flops(point.tape), 1.0)
+        report.gradient_equivalents += result.flops / max(3 * point.tape.forward_flops, 1.0)
         memory["products"] = result.num_products > 0 and "kept" in report.jacobian
         return self._best_damping(point, result)
 
@@ -353,7 +371,7 @@ class Newton(Optimizer):
         damping, best, lowest = memory["damping"], result, value_of(result)
         for factor in self.damping.search:
             other = result.shifted(report.damping * (factor - 1))
-            report.gradient_equivalents += other.flops / max(3 * forward_flops(point.tape), 1.0)
+            report.gradient_equivalents += other.flops / max(3 * point.tape.forward_flops, 1.0)
             if other.status in (Status.CONVERGED, Status.MAX_ITERATIONS) and (value := value_of(other)) < lowest:
                 best, lowest, memory["damping"] = other, value, damping * factor
         report.damping = memory["damping"] * memory["scale"]
@@ -370,7 +388,7 @@ class Newton(Optimizer):
             return
         if not rule.damped_model:
             curved -= report.damping * vectors.dot(d, d)
-        if self.acceleration is not None and result.reuse is not None:
+        if self.acceleration is not None and result.reuse is not None and isinstance(point.tape, Tape):
             d = self.acceleration.corrected(point, d, result.reuse)
             report.loss_evaluations += 2
 
@@ -455,6 +473,13 @@ class Newton(Optimizer):
             yield
         finally:
             self.report.seconds[part] = self.report.seconds.get(part, 0.0) + time.perf_counter() - start
+
+
+def _share(point: Point, curvature: Closure | None) -> float:
+    """How many of the samples of the loss the curvature sees, where both are objectives that have been counted."""
+    if not (isinstance(point.closure, Objective) and isinstance(curvature, Objective)):
+        return 1.0
+    return (curvature.total_weight or 1.0) / (point.closure.total_weight or 1.0)
 
 
 def _ratio(actual: float, predicted: float) -> float:

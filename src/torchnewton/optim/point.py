@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from torchnewton import vectors
-from torchnewton.record import Closure, Tape, moved, record
+from torchnewton.record import Closure, RecordError, StreamedTape, Tape, moved, tape_of
 from torchnewton.vectors import Vector
 
 
@@ -29,7 +29,8 @@ class Point:
     ) -> None:
         self.params = list(params)
         self.weight_decay = list(weight_decay)
-        self.tape = record(closure, self.params, create_graph=create_graph)
+        self.closure = closure
+        self.tape = tape_of(closure, self.params, create_graph=create_graph)
         self._settled = [self.tape.buffers.renewed()]
         self.loss = float(self.tape.loss)
         self.value = self.loss + self._penalty()
@@ -37,6 +38,16 @@ class Point:
             g if w == 0 else g + w * p.detach()
             for g, p, w in zip(self.tape.gradient, self.params, self.weight_decay, strict=True)
         ]
+
+    @property
+    def recorded(self) -> Tape:
+        """The tape with its graph, which a streamed objective does not keep."""
+        if isinstance(self.tape, StreamedTape):
+            raise RecordError(
+                "the preconditioner or second-order correction of this optimizer needs the graph of the whole loss, "
+                "which tn.over does not keep: leave it out (preconditioner=None), or give a closure on one batch."
+            )
+        return self.tape
 
     def _penalty(self) -> float:
         return sum(
@@ -53,13 +64,13 @@ class Point:
     def outputs(self, direction: Sequence[Tensor], step_length: float) -> list[Tensor]:
         """The outputs z at θ + αd."""
         with moved(self.params, direction, step_length):
-            return self.tape.evaluate_outputs()
+            return self.recorded.evaluate_outputs()
 
     def pull_back(self, u: Sequence[Tensor]) -> Vector:
         """JᵀBu."""
         total = vectors.zeros_like(self.params)
         start = 0
-        for term in self.tape.terms:
+        for term in self.recorded.terms:
             stop = start + len(term.outputs)
             vectors.add_(total, term.jacobian_adjoint(term.hessian_product(u[start:stop])))
             start = stop

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from torchnewton.curvature import DifferenceJacobian, GaussNewton, LinearOperator, forward_flops
+from torchnewton.curvature import DifferenceJacobian, GaussNewton, LinearOperator
 from torchnewton.globalization import AutoDamping, Damping, LevenbergMarquardt, Unit
 from torchnewton.optim.acceleration import GeodesicAcceleration
-from torchnewton.record import Tape
+from torchnewton.record import StreamedTape, Tape
 from torchnewton.solvers import Auto, Plane, Solver
 
 
@@ -47,7 +47,8 @@ class RegimeChoice:
     The first step is `EXACT` where `Auto` finds a factorization of at most `gradients` gradients or `flops` operations.
     Where a step comes with other data, the last one is judged on them: `trust` is the running average, with weight
     1 − `memory` for the newest, of the reduction there over the reduction predicted; it starts at ½. Below
-    `least_trust` the steps fit their batch and not the task: `PLANE` from then on.
+    `least_trust` the steps fit their batch and not the task: `PLANE` from then on. On a streamed objective (`tn.over`)
+    always `EXACT`: it keeps no graph for the Kronecker factors to be made of.
     """
 
     gradients: float = 20.0
@@ -55,12 +56,14 @@ class RegimeChoice:
     memory: float = 0.9
     least_trust: float = 0.1
 
-    def starts_exact(self, tape: Tape) -> bool:
+    def starts_exact(self, tape: Tape | StreamedTape) -> bool:
         """Whether a first step with this tape is `EXACT`."""
+        if isinstance(tape, StreamedTape):
+            return True
         A = GaussNewton(tape)
         options = Auto().options(A, tape.gradient)
         cheapest = min((flops for name, (flops, _) in options.items() if name != "CG"), default=float("inf"))
-        limit = max(self.flops, self.gradients * 3 * forward_flops(tape))
+        limit = max(self.flops, self.gradients * 3 * tape.forward_flops)
         return cheapest <= limit and A.can_factor()
 
     def trust(self, trust: float, new_ratio: float) -> float:

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torchnewton.optim.report import StepReport
+from torchnewton.optim import Newton, StepReport, Subsets
+from torchnewton.record import Closure, Progress, over
 from torchnewton.train.data import Dataset
 
 TRAIN_SAMPLE = 2000  # training samples whose loss is recorded
@@ -25,7 +26,7 @@ class Record:
 
     Seconds are those of training alone. `gradient_equivalents` counts the work since the start in gradients
     of a batch, `data_passes` in gradients of the training set: it compares methods of different batch sizes.
-    The last three describe the last step of a Newton method.
+    The next three describe the last step of a Newton method; those of validation need a validation set.
     """
 
     step: int
@@ -40,6 +41,15 @@ class Record:
     damping: float | None = None
     reduction_ratio: float | None = None
     inner_iterations: int | None = None
+    validation_loss: float | None = None
+    validation_accuracy: float | None = None
+
+    @property
+    def validation_score(self) -> float | None:
+        """Validation accuracy, or minus the loss where there is none: the greater, the better."""
+        if self.validation_accuracy is None:
+            return None if self.validation_loss is None else -self.validation_loss
+        return self.validation_accuracy
 
     @property
     def metric(self) -> float:
@@ -53,7 +63,11 @@ class Record:
 
 @dataclass
 class Run:
-    """What a run is made of and where it stands: everything a checkpoint has to hold."""
+    """What a run is made of and where it stands: everything a checkpoint has to hold.
+
+    With `subset` every step takes the loss of all data, in batches of `batch_size`, and the curvature of that part of
+    them: see `torchnewton.Subsets`. `progress` is that of `torchnewton.over`.
+    """
 
     data: Dataset
     model: nn.Module
@@ -67,11 +81,24 @@ class Run:
     gradient_equivalents: float = 0.0
     loss: float = math.nan  # of the last step's batch, before the step
     history: list[Record] = field(default_factory=list)
+    subset: float | None = None
+    progress: Progress | None = None
+
+    @property
+    def samples_per_step(self) -> int:
+        """Those of a batch, or all."""
+        return self.batch_size if self.subset is None else len(self.data.x_train)
 
     @property
     def steps_per_epoch(self) -> int:
         """Full batches in the training set: the remainder waits for the next shuffle."""
-        return max(1, len(self.data.x_train) // self.batch_size)
+        return max(1, len(self.data.x_train) // self.samples_per_step)
+
+    @property
+    def best(self) -> Record | None:
+        """The first record with the greatest validation score."""
+        scored = [(r.validation_score, r) for r in self.history if r.validation_score is not None]
+        return max(scored, key=lambda pair: pair[0])[1] if scored else None
 
     def state_dict(self) -> dict[str, Any]:
         """All that changes during a run, for `torch.save`."""
@@ -165,23 +192,48 @@ def train(
 
 def train_step(run: Run) -> None:
     """One step on the next batch, with its time and its work."""
-    cpu, wall, calls = time.process_time(), time.perf_counter(), 0
+    cpu, wall = time.process_time(), time.perf_counter()
+    loss, calls = _batch_step(run) if run.subset is None else (_full_step(run, run.subset), 0)
+    run.loss = float(torch.as_tensor(loss).detach())  # waits for accelerators
+    report = step_report(run)
+    run.gradient_equivalents += report.gradient_equivalents if report else calls
+    run.cpu_seconds += time.process_time() - cpu
+    run.wall_seconds += time.perf_counter() - wall
+    run.step += 1
+
+
+def _batch_step(run: Run) -> tuple[Any, int]:
+    """A step on the next batch; gives its loss and the calls of the closure."""
+    calls = 0
     x, y = next_batch(run)
 
     def closure() -> Any:
         nonlocal calls
         calls += 1
         run.optimizer.zero_grad()
-        loss = loss_function(run.model(x), y)
+        loss = loss_function(run.model(x), y, run.data.loss)
         loss.backward()
         return loss
 
-    run.loss = float(torch.as_tensor(run.optimizer.step(closure)).detach())  # waits for accelerators
-    report = step_report(run)
-    run.gradient_equivalents += report.gradient_equivalents if report else calls
-    run.cpu_seconds += time.process_time() - cpu
-    run.wall_seconds += time.perf_counter() - wall
-    run.step += 1
+    return run.optimizer.step(closure), calls
+
+
+def _full_step(run: Run, fraction: float) -> Any:
+    """A Newton step on all data with the curvature of the next block of them; gives the loss."""
+    data, seed = run.data, run.generator.initial_seed()
+
+    def objective(indices: Tensor) -> Closure:
+        batches = indices.to(data.x_train.device).split(run.batch_size)
+        return over(
+            batches,
+            lambda i: loss_function(run.model(data.x_train[i]), data.y_train[i], data.loss),
+            progress=run.progress,
+        )
+
+    assert isinstance(run.optimizer, Newton)
+    block = Subsets(len(data.x_train), fraction, seed).block(run.step)
+    everything = objective(torch.arange(len(data.x_train)))
+    return run.optimizer.step(everything, curvature=objective(block) if len(block) < len(data.x_train) else None)
 
 
 @torch.no_grad()
@@ -221,24 +273,33 @@ def step_report(run: Run) -> StepReport | None:
     return report if isinstance(report, StepReport) else None
 
 
-def loss_function(output: Tensor, y: Tensor) -> Tensor:
-    """Mean squared error for values, mean cross entropy for class numbers."""
+def loss_function(output: Tensor, y: Tensor, kind: str = "auto") -> Tensor:
+    """Mean squared error for values, mean cross entropy for class numbers.
+
+    For class numbers "squared-error" is Σ‖z − y‖²/N with y one-hot: summed over the classes, the mean over N samples.
+    """
     if y.is_floating_point():
         return F.mse_loss(output, y)
-    return F.cross_entropy(output.flatten(0, -2), y.flatten())
+    output, y = output.flatten(0, -2), y.flatten()
+    if kind == "squared-error":
+        return F.mse_loss(output, F.one_hot(y, output.shape[-1]).to(output.dtype), reduction="sum") / len(y)
+    return F.cross_entropy(output, y)
 
 
 def training_loss(run: Run) -> float:
     """The mean loss over all training data, in evaluation mode."""
-    return _measure(run.model, run.data.x_train, run.data.y_train)[0]
+    return _measure(run.model, run.data.x_train, run.data.y_train, run.data.loss)[0]
 
 
 def evaluate(run: Run) -> Record:
     """Measures the model as it is; leaves parameters, buffers and random state alone."""
     data, report = run.data, step_report(run)
     stride = max(1, len(data.x_train) // TRAIN_SAMPLE)
-    train_loss, _ = _measure(run.model, data.x_train[::stride], data.y_train[::stride])
-    test_loss, accuracy = _measure(run.model, data.x_test, data.y_test)
+    train_loss, _ = _measure(run.model, data.x_train[::stride], data.y_train[::stride], data.loss)
+    test_loss, accuracy = _measure(run.model, data.x_test, data.y_test, data.loss)
+    held_loss, held_accuracy = None, None
+    if data.x_validation is not None and data.y_validation is not None:
+        held_loss, held_accuracy = _measure(run.model, data.x_validation, data.y_validation, data.loss)
     return Record(
         run.step,
         run.step / run.steps_per_epoch,
@@ -248,19 +309,23 @@ def evaluate(run: Run) -> Record:
         test_loss,
         accuracy,
         run.gradient_equivalents,
-        run.gradient_equivalents * run.batch_size / len(data.x_train),
-        *((report.damping, report.reduction_ratio, report.inner_iterations) if report else ()),
+        run.gradient_equivalents * run.samples_per_step / len(data.x_train),
+        report.damping if report else None,
+        report.reduction_ratio if report else None,
+        report.inner_iterations if report else None,
+        held_loss,
+        held_accuracy,
     )
 
 
 @torch.no_grad()
-def _measure(model: nn.Module, x: Tensor, y: Tensor) -> tuple[float, float | None]:
+def _measure(model: nn.Module, x: Tensor, y: Tensor, kind: str) -> tuple[float, float | None]:
     """Mean loss and accuracy (`None` for regression) over all samples."""
     model.eval()
     total, correct = 0.0, 0
     for xs, ys in zip(x.split(1000), y.split(1000), strict=True):
         output = model(xs)
-        total += len(xs) * float(loss_function(output, ys))
+        total += len(xs) * float(loss_function(output, ys, kind))
         correct += int((output.argmax(-1) == ys).sum()) if output.ndim == ys.ndim + 1 else 0
     model.train()
     return total / len(x), None if y.is_floating_point() else correct / y.numel()

@@ -26,13 +26,14 @@ class Method:
     large_batch: int = 128
     regression_batch: int | None = None
     epochs: int = 30
+    subset: float | None = None  # of the data for the curvature of a step on all data
 
 
-def make_optimizer(name: str, model: nn.Module, lr: float | None) -> torch.optim.Optimizer:
+def make_optimizer(name: str, model: nn.Module, lr: float | None, weight_decay: float = 0.0) -> torch.optim.Optimizer:
     """The optimizer of method `name` on `model`; `lr` is for the methods that have a rate.
 
     Raises:
-        UsageError: if the name is unknown or the method has no rate to set.
+        UsageError: if the name is unknown or the method has no rate or weight decay to set.
     """
     method = METHODS[choose("method", name, NAMES)]
     if lr is not None and method.default_lr is None:
@@ -40,7 +41,12 @@ def make_optimizer(name: str, model: nn.Module, lr: float | None) -> torch.optim
         raise UsageError(f"--lr is for {with_rate}: {name} has no rate to set.")
     if name == "muon" and not hasattr(torch.optim, "Muon"):
         raise UsageError("--method muon needs PyTorch 2.9 or newer.")
-    return method.make(model, lr or method.default_lr or 1.0)
+    optimizer = method.make(model, lr or method.default_lr or 1.0)
+    for group in optimizer.param_groups if weight_decay else ():
+        if "weight_decay" not in group:
+            raise UsageError(f"--C is no option of {name}, which has no weight decay.")
+        group["weight_decay"] = weight_decay
+    return optimizer
 
 
 def default_batch_size(name: str, data: Dataset) -> int:
@@ -111,7 +117,9 @@ METHODS = {
         large_batch=1000,
         epochs=12,
     ),
-    "newton-cg": Method(lambda model, lr: NewtonCG(model.parameters()), small_batch=256, large_batch=1000, epochs=12),
+    "newton-cg": Method(
+        lambda model, lr: NewtonCG(model.parameters()), small_batch=1024, large_batch=1024, epochs=100, subset=0.05
+    ),
     "adam": Method(lambda model, lr: torch.optim.Adam(model.parameters(), lr=lr), 1e-3, _ADAM_RATES),
     "sgd": Method(
         lambda model, lr: torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9),
