@@ -52,7 +52,7 @@ class RegimeChoice:
     """
 
     gradients: float = 20.0
-    flops: float = 3e9
+    flops: float = 6e9
     memory: float = 0.9
     least_trust: float = 0.1
 

@@ -22,9 +22,8 @@ class Method:
     make: Callable[[nn.Module, float], torch.optim.Optimizer]
     default_lr: float | None = None
     rates: tuple[float, ...] = ()
-    small_batch: int = 64  # below 2,000 training samples
-    large_batch: int = 128
-    regression_batch: int | None = None
+    batch: Callable[[int], int] = lambda n: 64 if n < 2000 else 128  # for n samples
+    text_batch: int | None = None  # windows of text
     epochs: int = 30
     subset: float | None = None  # of the data for the curvature of a step on all data
 
@@ -52,9 +51,12 @@ def make_optimizer(name: str, model: nn.Module, lr: float | None, weight_decay: 
 def default_batch_size(name: str, data: Dataset) -> int:
     """The batch a method is usually run with: small for first order, larger for Newton, all for L-BFGS."""
     method, n = METHODS[choose("method", name, NAMES)], len(data.x_train)
-    if data.kind == "regression" and method.regression_batch is not None:
-        return min(n, method.regression_batch)
-    return min(n, method.small_batch if n < 2000 else method.large_batch)
+    size = method.batch(n) if data.kind != "text" or method.text_batch is None else method.text_batch
+    return min(n, size)
+
+
+def _tenth(n: int) -> int:
+    return min(max(n // 10, 250), 1000)
 
 
 class Muon(torch.optim.Optimizer):
@@ -102,24 +104,19 @@ _ADAM_RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 METHODS = {
     "newton": Method(
         lambda model, lr: Newton(model.parameters()),
-        small_batch=256,
-        large_batch=1000,
-        regression_batch=250,
+        batch=_tenth,
+        text_batch=64,
         epochs=12,
     ),
-    "sgn": Method(lambda model, lr: SGN(model.parameters()), small_batch=256, large_batch=1000, epochs=12),
-    "newton-krylov": Method(
-        lambda model, lr: NewtonKrylov(model.parameters()), small_batch=256, large_batch=1000, epochs=12
-    ),
+    "sgn": Method(lambda model, lr: SGN(model.parameters()), batch=_tenth, text_batch=64, epochs=12),
+    "newton-krylov": Method(lambda model, lr: NewtonKrylov(model.parameters()), batch=_tenth, text_batch=64, epochs=12),
     "newton-krylov-complex-step": Method(
         lambda model, lr: NewtonKrylov(model.parameters(), curvature=ComplexStepHessian.of),
-        small_batch=256,
-        large_batch=1000,
+        batch=_tenth,
+        text_batch=64,
         epochs=12,
     ),
-    "newton-cg": Method(
-        lambda model, lr: NewtonCG(model.parameters()), small_batch=1024, large_batch=1024, epochs=100, subset=0.05
-    ),
+    "newton-cg": Method(lambda model, lr: NewtonCG(model.parameters()), batch=lambda n: 1024, epochs=100, subset=0.05),
     "adam": Method(lambda model, lr: torch.optim.Adam(model.parameters(), lr=lr), 1e-3, _ADAM_RATES),
     "sgd": Method(
         lambda model, lr: torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9),
@@ -128,8 +125,7 @@ METHODS = {
     ),
     "lbfgs": Method(
         lambda model, lr: torch.optim.LBFGS(model.parameters(), lr=1.0, line_search_fn="strong_wolfe"),
-        small_batch=10_000,
-        large_batch=10_000,
+        batch=lambda n: 10_000,
         epochs=10,
     ),
     "muon": Method(Muon, 3e-3, _ADAM_RATES),
