@@ -30,7 +30,16 @@ from torchnewton.globalization import (
     ScheduledDamping,
     TrustRegion,
 )
-from torchnewton.optim import SGN, GeodesicAcceleration, Newton, NewtonCG, NewtonKrylov, SaddleEscape, StepReport
+from torchnewton.optim import (
+    SGN,
+    EntropySGD,
+    GeodesicAcceleration,
+    Newton,
+    NewtonCG,
+    NewtonKrylov,
+    SaddleEscape,
+    StepReport,
+)
 from torchnewton.record import RecordError, Tape, outputs, record
 from torchnewton.solvers import (
     CG,
@@ -72,6 +81,7 @@ __all__ = [
     "Direct",
     "Dual",
     "EmpiricalFisher",
+    "EntropySGD",
     "Estimate",
     "FiniteDifference",
     "FullStep",

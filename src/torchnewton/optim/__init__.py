@@ -1,6 +1,7 @@
 """The optimizers: one step loop in `newton`, every named method a composition."""
 
 from torchnewton.optim.acceleration import GeodesicAcceleration
+from torchnewton.optim.entropy_sgd import EntropySGD
 from torchnewton.optim.escape import SaddleEscape
 from torchnewton.optim.newton import Newton
 from torchnewton.optim.newton_cg import NewtonCG
@@ -8,4 +9,13 @@ from torchnewton.optim.newton_krylov import NewtonKrylov
 from torchnewton.optim.report import StepReport
 from torchnewton.optim.sgn import SGN
 
-__all__ = ["SGN", "GeodesicAcceleration", "Newton", "NewtonCG", "NewtonKrylov", "SaddleEscape", "StepReport"]
+__all__ = [
+    "SGN",
+    "EntropySGD",
+    "GeodesicAcceleration",
+    "Newton",
+    "NewtonCG",
+    "NewtonKrylov",
+    "SaddleEscape",
+    "StepReport",
+]

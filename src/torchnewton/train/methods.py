@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from torchnewton.curvature import ComplexStepHessian
-from torchnewton.optim import SGN, Newton, NewtonCG, NewtonKrylov
+from torchnewton.optim import SGN, EntropySGD, Newton, NewtonCG, NewtonKrylov
 from torchnewton.train.data import Dataset
 from torchnewton.train.errors import UsageError, choose
 
@@ -125,5 +125,8 @@ METHODS = {
         epochs=10,
     ),
     "muon": Method(Muon, 3e-3, _ADAM_RATES),
+    "entropy-sgd": Method(
+        lambda model, lr: EntropySGD(model.parameters(), inner_lr=lr), 0.01, (0.001, 0.003, 0.01, 0.03, 0.1)
+    ),
 }
 NAMES = list(METHODS)
