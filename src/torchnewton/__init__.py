@@ -21,6 +21,7 @@ from torchnewton.curvature import (
     complex_step_rule,
     directional_derivative,
 )
+from torchnewton.distributed import ParameterServer, ServerConnection
 from torchnewton.globalization import (
     Armijo,
     AutoDamping,
@@ -31,7 +32,9 @@ from torchnewton.globalization import (
     TrustRegion,
 )
 from torchnewton.optim import (
+    DCASGD,
     SGN,
+    DCASGDWorker,
     EntropySGD,
     GeodesicAcceleration,
     Newton,
@@ -63,6 +66,7 @@ from torchnewton.solvers import (
 
 __all__ = [
     "CG",
+    "DCASGD",
     "KFAC",
     "MINRES",
     "SGN",
@@ -77,6 +81,7 @@ __all__ = [
     "ComplexStep",
     "ComplexStepHessian",
     "ConstantDamping",
+    "DCASGDWorker",
     "DifferenceJacobian",
     "Direct",
     "Dual",
@@ -101,10 +106,12 @@ __all__ = [
     "NewtonCG",
     "NewtonKrylov",
     "Nystrom",
+    "ParameterServer",
     "Plane",
     "RecordError",
     "SaddleEscape",
     "ScheduledDamping",
+    "ServerConnection",
     "SolveResult",
     "Spectrum",
     "Status",

@@ -1,6 +1,7 @@
 """The optimizers: one step loop in `newton`, every named method a composition."""
 
 from torchnewton.optim.acceleration import GeodesicAcceleration
+from torchnewton.optim.dcasgd import DCASGD, DCASGDWorker
 from torchnewton.optim.entropy_sgd import EntropySGD
 from torchnewton.optim.escape import SaddleEscape
 from torchnewton.optim.newton import Newton
@@ -10,7 +11,9 @@ from torchnewton.optim.report import StepReport
 from torchnewton.optim.sgn import SGN
 
 __all__ = [
+    "DCASGD",
     "SGN",
+    "DCASGDWorker",
     "EntropySGD",
     "GeodesicAcceleration",
     "Newton",

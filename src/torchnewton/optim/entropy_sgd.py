@@ -16,6 +16,7 @@ from torchnewton.optim.evaluation import (
     StepFailedError,
     all_or_nothing,
     check_ranges,
+    decayed,
     needed,
     put,
     trainable,
@@ -168,8 +169,3 @@ def nesterov(gradient: Tensor, velocity: Tensor | None, momentum: float) -> tupl
         return gradient, None
     velocity = gradient.clone() if velocity is None else velocity.mul(momentum).add_(gradient)
     return gradient.add(velocity, alpha=momentum), velocity
-
-
-def decayed(gradient: Tensor, x: Tensor, group: dict[str, Any]) -> Tensor:
-    """∇f + wx."""
-    return gradient.add(x, alpha=group["weight_decay"]) if group["weight_decay"] else gradient

@@ -116,3 +116,8 @@ def check_ranges(name: str, **ranges: tuple[float, float, float]) -> None:
         if not low <= value < high:
             upper = "" if math.isinf(high) else f" and less than {high:g}"
             raise ValueError(f"{name}: {argument}={value} must be a finite number of at least {low:g}{upper}.")
+
+
+def decayed(gradient: Tensor, x: Tensor, group: dict[str, Any]) -> Tensor:
+    """∇f + wx."""
+    return gradient.add(x, alpha=group["weight_decay"]) if group["weight_decay"] else gradient
