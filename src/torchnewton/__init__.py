@@ -42,6 +42,7 @@ from torchnewton.optim import (
     NewtonKrylov,
     SaddleEscape,
     StepReport,
+    WorkerSecant,
 )
 from torchnewton.record import RecordError, Tape, outputs, record
 from torchnewton.solvers import (
@@ -120,6 +121,7 @@ __all__ = [
     "Tape",
     "TrustRegion",
     "UntilDisturbed",
+    "WorkerSecant",
     "complex_step_rule",
     "directional_derivative",
     "outputs",

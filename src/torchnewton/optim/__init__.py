@@ -9,6 +9,7 @@ from torchnewton.optim.newton_cg import NewtonCG
 from torchnewton.optim.newton_krylov import NewtonKrylov
 from torchnewton.optim.report import StepReport
 from torchnewton.optim.sgn import SGN
+from torchnewton.optim.worker_secant import WorkerSecant
 
 __all__ = [
     "DCASGD",
@@ -21,4 +22,5 @@ __all__ = [
     "NewtonKrylov",
     "SaddleEscape",
     "StepReport",
+    "WorkerSecant",
 ]
