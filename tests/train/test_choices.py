@@ -6,6 +6,7 @@ from tasks import images, text, values
 
 from torchnewton.train.data import load
 from torchnewton.train.errors import UsageError
+from torchnewton.train.figures import COLOURS
 from torchnewton.train.loop import loss_function
 from torchnewton.train.methods import METHODS, NAMES, Muon, default_batch_size, make_optimizer
 from torchnewton.train.models import build, resolve
@@ -116,6 +117,11 @@ def test_muon_takes_hidden_weights_and_adamw_the_rest():
     model = build("auto", text())
     assert model.head.weight.data_ptr() not in {p.data_ptr() for p in Muon(model, 0.01)._flat}
     assert model.characters.weight.data_ptr() not in {p.data_ptr() for p in Muon(model, 0.01)._flat}
+
+
+def test_every_method_has_a_colour_of_its_own():
+    assert set(NAMES) <= COLOURS.keys()
+    assert len(set(COLOURS.values())) == len(COLOURS)
 
 
 def test_batch_sizes_by_method():

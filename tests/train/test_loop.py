@@ -9,7 +9,7 @@ from tasks import images, values
 
 from torchnewton.train.checkpoint import RunFolder, free_name, new_folder, to_json, write_atomically
 from torchnewton.train.errors import UsageError
-from torchnewton.train.loop import Budget, Run, train
+from torchnewton.train.loop import Budget, Run, train, train_step
 from torchnewton.train.methods import NAMES, make_optimizer
 from torchnewton.train.models import build
 
@@ -55,6 +55,18 @@ def test_a_run_is_recorded_at_the_start_and_after_each_epoch():
     assert [r.epoch for r in run.history] == [0, 1, 2, 3]
     assert all(r.test_accuracy is None and r.metric == r.test_loss for r in run.history)
     assert run.history[-1].train_loss < run.history[0].train_loss
+
+
+def test_methods_that_draw_batches_count_epochs_in_batches():
+    """Five batches an epoch, twenty a step: four epochs a step, and all batches differ within an epoch."""
+    run, seen = make("entropy-sgd"), []
+    run.model.register_forward_pre_hook(lambda module, args: seen.append(args[0].sum().item()))
+    train_step(run)
+    assert (run.step, run.batches, run.epoch) == (1, 20, 4)
+    assert all(len(set(seen[i : i + 5])) == 5 for i in range(0, 20, 5))
+    run = make("entropy-sgd")
+    assert train(run, Budget(epochs=9)) == "finished"
+    assert [r.epoch for r in run.history] == [0, 4, 8, 12]
 
 
 def test_every_epoch_sees_each_sample_once_in_a_new_order():

@@ -126,7 +126,7 @@ METHODS = {
     ),
     "muon": Method(Muon, 3e-3, _ADAM_RATES),
     "dc-asgd": Method(
-        lambda model, lr: DCASGD(model.parameters(), lr=lr, adaptive=True, delay=4), 0.1, (0.01, 0.03, 0.1, 0.3, 1.0)
+        lambda model, lr: DCASGD(model.parameters(), lr=lr, adaptive=True, delay=4), 0.01, (0.003, 0.01, 0.03, 0.1, 0.3)
     ),
     "worker-secant": Method(
         lambda model, lr: WorkerSecant(model.parameters(), lr=lr, local_steps=4, num_workers=4),
