@@ -2,8 +2,8 @@
 
     python -m benchmarks.delay --data-dir DIR
 
-One hidden layer of 32 units. Each method and delay at three rates; written to benchmarks/results/studies/delay.jsonl, the
-section of docs/dcasgd.md, and docs/figures/delay.svg.
+One hidden layer of 32 units. Each method and delay at three rates; written to benchmarks/results/studies/delay.jsonl,
+the section of docs/dcasgd.md, and docs/figures/delay.svg.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "DC-ASGD, adaptive, λ₀ = 2": {"compensation": 2.0, "adaptive": True},
 }
 COLOURS = {"ASGD": "#868e96", "DC-ASGD, λ = 0.04": "#e0a100", "DC-ASGD, adaptive, λ₀ = 2": "#1f5fd0"}
-TASKS = {"digits": (15, 3), "mnist": (1, 2)}  # epochs, seeds
+TASKS = {"digits": (15, 3), "mnist": (1, 1)}  # epochs, seeds
 BATCH = 32
 
 
@@ -86,11 +86,12 @@ def section(found: dict[str, Any]) -> str:
             chosen = {delay: best_rate(at) for delay, at in delays.items()}
             cells = [f"{100 * mean(delays[d][lr]):.1f} ({lr:g})" for d, lr in chosen.items()]
             lines.append([f"{method}, best rate", *cells])
-        parts.append(
-            f"**{name}**, {epochs} epochs of batches of {BATCH}, mean of {seeds} seeds, test error in %. The fixed rate "
-            "is the one with the lowest training loss of SGD, which is the column of delay 0; the best rate, in brackets, "
-            "the one with the lowest training loss at that delay.\n\n" + table(["delay", *map(str, DELAYS)], lines)
+        text = (
+            f"**{name}**, epochs: {epochs}, batches of {BATCH}, seeds: {seeds}, test error in %, mean. The fixed rate "
+            "is that of the lowest training loss of SGD, the column of delay 0; the best rate, in brackets, that of the "
+            "lowest training loss at that delay."
         )
+        parts.append(f"{text}\n\n{table(['delay', *map(str, DELAYS)], lines)}")
     return "\n\n".join(parts)
 
 

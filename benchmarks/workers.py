@@ -2,15 +2,15 @@
 
     python -m benchmarks.workers
 
-Eight workers, a network of one hidden layer of 32 units. Written to benchmarks/results/studies/workers.jsonl, the section of
-docs/worker_secant.md, and docs/figures/workers.svg.
+Eight workers, a network of one hidden layer of 32 units. Written to benchmarks/results/studies/workers.jsonl, to the
+section of docs/worker_secant.md, and to docs/figures/workers.svg.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +27,8 @@ from torchnewton.train.figures import STYLE
 
 M, BATCH, SEEDS = 8, 32, 3
 COMMUNICATION, EPOCHS = 60.0, 20.0  # where runs are compared; all-reduces of the parameters, passes over the data
-RATES = (0.03, 0.1, 0.3, 1.0)
+RATES = (0.03, 0.1, 0.3, 1.0, 3.0)
+Stream = Iterator[tuple[torch.Tensor, torch.Tensor]]
 Points = list[tuple[float, float, float, float]]  # all-reduces, passes, training loss, test error
 
 
@@ -57,13 +58,14 @@ class Entry:
     batch: int = BATCH
     gradients: float = 0.0  # of a round, of one batch each; 0: what the report says
     rates: tuple[float, ...] = RATES
+    common: int = 0  # the size of a batch on which all workers of a round take their last gradient; 0: their own
 
 
-def secant(local_steps: int, num_workers: int = M, **arguments) -> Entry:  # type: ignore[no-untyped-def]
+def secant(local_steps: int, num_workers: int = M, common: int = 0, **arguments) -> Entry:  # type: ignore[no-untyped-def]
     def make(model: nn.Module, lr: float) -> torch.optim.Optimizer:
         return tn.WorkerSecant(model.parameters(), lr=lr, local_steps=local_steps, num_workers=num_workers, **arguments)
 
-    return Entry(make)
+    return Entry(make, common=common)
 
 
 def averaging(local_steps: int) -> Entry:
@@ -80,6 +82,8 @@ ENTRIES = {
     **{f"secant, {k} local steps": secant(k) for k in (1, 4, 16)},
     "secant, symmetric, 4 local steps": secant(4, form="symmetric"),
     "secant, 4 local steps, 2 past rounds": secant(4, past_rounds=2),
+    "secant, 4 local steps, common batch of 256": secant(4, common=256),
+    "secant, symmetric, 4 local steps, common batch of 256": secant(4, form="symmetric", common=256),
 }
 STABILITY = {
     f"{form}, m = {m}, {guard}": secant(4, m, form=form, **arguments)
@@ -93,11 +97,22 @@ STABILITY = {
 }
 
 
+def with_common(own: Stream, common: Stream, local_steps: int) -> Stream:
+    """The batches of a round: each worker's own for its local steps, then the same one for all."""
+    while True:
+        last = next(common)
+        for _ in range(M):
+            yield from (next(own) for _ in range(local_steps))
+            yield last
+
+
 def run(data: Dataset, entry: Entry, lr: float, seed: int, communication: float, epochs: float) -> Row:
     """Until both budgets are used; communication in all-reduces of the parameters by a ring: 2n(m − 1)/m numbers."""
     model = network("mlp:32", data, seed)
     optimizer = entry.make(model, lr)
     stream = batches(data, entry.batch, seed)
+    if entry.common:
+        stream = with_common(stream, batches(data, entry.common, seed + 100), optimizer.local_steps)
     draws = hasattr(optimizer, "calls_per_step")
     sent = samples = 0.0
     points: Points = [(0.0, 0.0, *measured(model, data))]
@@ -113,7 +128,7 @@ def run(data: Dataset, entry: Entry, lr: float, seed: int, communication: float,
         else:
             used, bytes_sent = entry.gradients, all_reduce
         sent += bytes_sent / all_reduce
-        samples += used * entry.batch / len(data.x_train)
+        samples += (used * entry.batch + M * (entry.common - entry.batch if entry.common else 0)) / len(data.x_train)
         points.append((round(sent, 2), round(samples, 3), *measured(model, data)))
     return {"points": points}
 

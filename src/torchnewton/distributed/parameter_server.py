@@ -184,7 +184,7 @@ class ServerConnection:
     def push(self, gradient: Gradient, failure: str = "") -> tuple[list[Tensor], str]:
         """Send a gradient, or why there is none; the server's new parameters, and why the gradient was dropped."""
         with self._explained():
-            parameters, failure = _call(_push, self.name, list(gradient), failure)
+            parameters, failure = _call(_push, self.name, [None if g is None else g.cpu() for g in gradient], failure)
         return list(parameters), failure
 
     @contextmanager
@@ -196,11 +196,12 @@ class ServerConnection:
 
 
 def _pull(worker: str) -> list[Tensor]:
-    return _serving[0].send(worker)
+    return [t.cpu() for t in _serving[0].send(worker)]
 
 
 def _push(worker: str, gradient: Gradient, failure: str) -> tuple[list[Tensor], str]:
-    return _serving[0].receive(worker, gradient, failure)
+    parameters, failure = _serving[0].receive(worker, gradient, failure)
+    return [t.cpu() for t in parameters], failure
 
 
 def _checked(address: str) -> str:

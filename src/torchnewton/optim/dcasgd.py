@@ -146,7 +146,7 @@ class DCASGD(Optimizer):
                 state = self.state[p]
                 squares = state.setdefault("mean_squares", {}) if group["adaptive"] else {}
                 backup = state.get("backups", {}).get(worker, p)
-                d, mean_square = compensated(g, p - backup, squares.get(worker), group)
+                d, mean_square = compensated(g.to(p), p - backup, squares.get(worker), group)
                 if mean_square is not None:
                     squares[worker] = mean_square
                 d = decayed(d, p, group)
