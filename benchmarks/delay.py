@@ -16,6 +16,7 @@ from typing import Any
 import matplotlib as mpl
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 
 import torchnewton as tn
 from benchmarks.study import Row, Rows, batches, closure_over, measured, network, save, write_section
@@ -88,8 +89,8 @@ def section(found: dict[str, Any]) -> str:
             lines.append([f"{method}, best rate", *cells])
         text = (
             f"**{name}**, epochs: {epochs}, batches of {BATCH}, seeds: {seeds}, test error in %, mean. The fixed rate "
-            "is that of the lowest training loss of SGD, the column of delay 0; the best rate, in brackets, that of the "
-            "lowest training loss at that delay."
+            "is that of the lowest training loss of SGD, the column of delay 0; the best rate, in brackets, that of "
+            "the lowest training loss at that delay."
         )
         parts.append(f"{text}\n\n{table(['delay', *map(str, DELAYS)], lines)}")
     return "\n\n".join(parts)
@@ -110,8 +111,8 @@ def draw(found: dict[str, Any]) -> None:
                               color=COLOURS[method], label=label, linewidth=2)  # fmt: skip
             axes.set(title=name, xlabel="delay, updates", yscale="log", ylabel="test error, %")
             axes.set_xticks(range(len(DELAYS)), [str(d) for d in DELAYS])
-            axes.yaxis.set_major_formatter("{x:g}")
-            axes.yaxis.set_minor_formatter("{x:g}")
+            axes.set_yticks([3, 5, 10, 20, 50, 90], ["3", "5", "10", "20", "50", "90"])
+            axes.yaxis.set_minor_locator(NullLocator())
         figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
         save(figure, "delay")
 
