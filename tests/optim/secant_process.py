@@ -45,7 +45,8 @@ def main(rank, size, folder):
     ends = {}
     for form in FORMS:
         model = make_model()
-        optimizer = tn.WorkerSecant(model.parameters(), form=form, process_group=distributed.group.WORLD, **SETTINGS)
+        group = distributed.group.WORLD if form == FORMS[0] else None  # none is the default group
+        optimizer = tn.WorkerSecant(model.parameters(), form=form, process_group=group, **SETTINGS)
         closure = closure_of(model, rank, [0] * size, nan_at=4 if rank == 1 else None)
         reports = []
         for _ in range(ROUNDS):

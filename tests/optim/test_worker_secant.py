@@ -123,9 +123,7 @@ def test_one_round_by_dense_algebra(form, descent):
     assert ("uphill" in optimizer.report.status) == (descent and form == "multi-secant")
 
 
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    folder, size = tmp_path_factory.mktemp("ranks"), 3
+def run_ranks(folder, size):
     command = [sys.executable, "-W", "error", str(PROCESS)]
     started = [
         subprocess.Popen([*command, str(rank), str(size), str(folder)], stderr=subprocess.PIPE, text=True)
@@ -137,10 +135,16 @@ def ranks(tmp_path_factory):
     return [torch.load(folder / f"{rank}.pt") for rank in range(size)]
 
 
-@EACH_FORM
-def test_three_ranks_are_three_workers_on_one_process(ranks, form):
+def test_three_ranks_are_three_workers_on_one_process(tmp_path):
     """Worker 1 sends NaN in its second round; parameters, averaged buffers, losses, messages and bytes are the same."""
-    size, model = 3, make_model()
+    ranks = run_ranks(tmp_path, 3)
+    for form in FORMS:
+        compare_with_one_process(ranks, form)
+    assert ranks[0]["error"].startswith("num_workers=4 is not the size 3 of process_group")
+
+
+def compare_with_one_process(ranks, form):
+    size, model = len(ranks), make_model()
     optimizer = tn.WorkerSecant(model.parameters(), num_workers=size, form=form, **SETTINGS)
     closure = turns(optimizer, model, size, nan_at={(1, 4)})
     reports = []
@@ -159,8 +163,7 @@ def test_three_ranks_are_three_workers_on_one_process(ranks, form):
         assert [x for x, _, _ in found["reports"]] == pytest.approx([x for x, _, _ in reports], rel=1e-12)
 
 
-def test_wrong_group_size(ranks):
-    assert ranks[0]["error"].startswith("num_workers=4 is not the size 3 of process_group")
+def test_too_few_workers():
     for number in (0, 1):
         with pytest.raises(ValueError, match=f"num_workers={number} must be at least 2"):
             tn.WorkerSecant(make_model().parameters(), num_workers=number)
