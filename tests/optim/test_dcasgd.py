@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -250,7 +251,7 @@ def test_model_of_other_shapes_is_refused():
 
 def start(folder, role, **task):
     path = folder / f"{role}-{task.get('name', '')}.task"
-    path.write_text(json.dumps({"address": f"file://{folder}/rendezvous", **task}))
+    path.write_text(json.dumps({"address": f"file://{folder}/rendezvous"} | task))
     command = [sys.executable, "-W", "error", str(PROCESS), role, str(path)]
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
 
@@ -297,3 +298,22 @@ def test_workers_die_come_late_and_send_nan(tmp_path):
     assert [p.tolist() for p in model.parameters()] == served["params"]
     saved = torch.load(tmp_path / "server.pt")
     assert all(torch.equal(p, q) for p, q in zip(saved["params"], model.parameters(), strict=True))
+
+
+def test_address_of_a_host(tmp_path):
+    """One worker over tcp is SGD."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"tcp://localhost:{free.getsockname()[1]}"
+    server = start(tmp_path, "serve", address=address, updates=3, optimizer={"lr": 0.1}, linger=0.3)
+    finish(start(tmp_path, "work", address=address, name="w1", steps=3))
+    finish(server)
+    model = make_served()
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    for step in range(3):
+        x, y = batch_of("w1", step)
+        sgd.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        sgd.step()
+    served = json.loads((tmp_path / "served.json").read_text())
+    assert [p.tolist() for p in model.parameters()] == served["params"]

@@ -23,6 +23,7 @@ Gradient = Sequence[Tensor | None]
 SERVER = "server"
 _BACKEND = "TORCHNEWTON_OPEN_GROUP"
 _serving: list[ParameterServer] = []  # the one of this process: a remote call finds it here
+_kept: list[Store] = []  # the address book for tcp lives as long as the server's end of it
 
 
 class ServedOptimizer(Protocol):
@@ -245,6 +246,7 @@ def _open_group(
 
     # init_rpc numbers its calls within a process in the names of the store; members that come back count anew
     own = PrefixStore("members", _store(rpc_backend_options.init_method, rpc_backend_options.rpc_timeout))
+    _kept.append(store)
     agent = TensorPipeAgent(own, name, rank, None, rpc_backend_options, {}, [])
     api._init_rpc_states(agent)
     return agent
@@ -262,3 +264,4 @@ def _leave() -> None:
     from torch.distributed.rpc import shutdown
 
     shutdown(graceful=False)
+    _kept.clear()
