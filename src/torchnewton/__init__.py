@@ -21,6 +21,7 @@ from torchnewton.curvature import (
     complex_step_rule,
     directional_derivative,
 )
+from torchnewton.distributed import ParameterServer, ServerConnection
 from torchnewton.globalization import (
     Armijo,
     AutoDamping,
@@ -32,7 +33,10 @@ from torchnewton.globalization import (
     Unit,
 )
 from torchnewton.optim import (
+    DCASGD,
     SGN,
+    DCASGDWorker,
+    EntropySGD,
     GeodesicAcceleration,
     Newton,
     NewtonCG,
@@ -40,6 +44,7 @@ from torchnewton.optim import (
     SaddleEscape,
     StepReport,
     Subsets,
+    WorkerSecant,
 )
 from torchnewton.record import RecordError, Tape, outputs, over, record
 from torchnewton.solvers import (
@@ -64,6 +69,7 @@ from torchnewton.solvers import (
 
 __all__ = [
     "CG",
+    "DCASGD",
     "KFAC",
     "MINRES",
     "SGN",
@@ -78,10 +84,12 @@ __all__ = [
     "ComplexStep",
     "ComplexStepHessian",
     "ConstantDamping",
+    "DCASGDWorker",
     "DifferenceJacobian",
     "Direct",
     "Dual",
     "EmpiricalFisher",
+    "EntropySGD",
     "Estimate",
     "FiniteDifference",
     "FullStep",
@@ -101,10 +109,12 @@ __all__ = [
     "NewtonCG",
     "NewtonKrylov",
     "Nystrom",
+    "ParameterServer",
     "Plane",
     "RecordError",
     "SaddleEscape",
     "ScheduledDamping",
+    "ServerConnection",
     "SolveResult",
     "Spectrum",
     "Status",
@@ -115,6 +125,7 @@ __all__ = [
     "TrustRegion",
     "Unit",
     "UntilDisturbed",
+    "WorkerSecant",
     "complex_step_rule",
     "directional_derivative",
     "outputs",

@@ -6,6 +6,7 @@ from tasks import images, text, values
 
 from torchnewton.train.data import load
 from torchnewton.train.errors import UsageError
+from torchnewton.train.figures import COLOURS
 from torchnewton.train.loop import loss_function
 from torchnewton.train.methods import METHODS, NAMES, Muon, default_batch_size, make_optimizer
 from torchnewton.train.models import build, resolve
@@ -149,8 +150,13 @@ def test_muon_takes_hidden_weights_and_adamw_the_rest():
     assert model.characters.weight.data_ptr() not in {p.data_ptr() for p in Muon(model, 0.01)._flat}
 
 
+def test_every_method_has_a_colour_of_its_own():
+    assert set(NAMES) <= COLOURS.keys()
+    assert len(set(COLOURS.values())) == len(COLOURS)
+
+
 def test_batch_sizes_by_method():
     assert default_batch_size("adam", images()) == 40
     small, large = images(n=1500), images(n=3000)
-    assert [default_batch_size(m, small) for m in ("adam", "newton", "lbfgs")] == [64, 256, 1500]
-    assert [default_batch_size(m, large) for m in ("adam", "newton", "lbfgs")] == [128, 1000, 3000]
+    assert [default_batch_size(m, small) for m in ("adam", "newton", "lbfgs")] == [64, 250, 1500]
+    assert [default_batch_size(m, large) for m in ("adam", "newton", "lbfgs")] == [128, 300, 3000]

@@ -1,6 +1,8 @@
 """The optimizers: one step loop in `newton`, every named method a composition."""
 
 from torchnewton.optim.acceleration import GeodesicAcceleration
+from torchnewton.optim.dcasgd import DCASGD, DCASGDWorker
+from torchnewton.optim.entropy_sgd import EntropySGD
 from torchnewton.optim.escape import SaddleEscape
 from torchnewton.optim.newton import Newton
 from torchnewton.optim.newton_cg import NewtonCG
@@ -8,5 +10,19 @@ from torchnewton.optim.newton_krylov import NewtonKrylov
 from torchnewton.optim.report import StepReport
 from torchnewton.optim.sgn import SGN
 from torchnewton.optim.subsets import Subsets
+from torchnewton.optim.worker_secant import WorkerSecant
 
-__all__ = ["SGN", "GeodesicAcceleration", "Newton", "NewtonCG", "NewtonKrylov", "SaddleEscape", "StepReport", "Subsets"]
+__all__ = [
+    "DCASGD",
+    "SGN",
+    "DCASGDWorker",
+    "EntropySGD",
+    "GeodesicAcceleration",
+    "Newton",
+    "NewtonCG",
+    "NewtonKrylov",
+    "SaddleEscape",
+    "StepReport",
+    "Subsets",
+    "WorkerSecant",
+]

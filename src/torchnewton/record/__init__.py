@@ -3,13 +3,14 @@
 from torchnewton.record.errors import RecordError
 from torchnewton.record.over import Objective, Progress, Weights, over
 from torchnewton.record.recorder import LayerCall, outputs
-from torchnewton.record.replay import Closure, RandomState, moved, same_random_numbers
+from torchnewton.record.replay import BufferSnapshot, Closure, RandomState, moved, same_random_numbers
 from torchnewton.record.samples import NotPerSampleError, PerSample
 from torchnewton.record.stream import StreamedTape, tape_of
 from torchnewton.record.tape import Tape, record
 from torchnewton.record.term import Piece, Term, warn_about_rest
 
 __all__ = [
+    "BufferSnapshot",
     "Closure",
     "LayerCall",
     "NotPerSampleError",

@@ -175,7 +175,7 @@ def _costs(run: Run, x: Tensor, y: Tensor) -> Iterator[Row]:
     step = times[STEPS // 2]
     steps = f"{1e3 * step:.3g} ms, {step / seconds:.3g} gradients"
     yield Row("time of a step", steps)
-    yield Row("time of a pass over the data", f"{step * run.steps_per_epoch:.3g} s in {run.steps_per_epoch} steps")
+    yield Row("time of a pass over the data", f"{step * run.batches_per_epoch:.3g} s in {run.batches_per_epoch} steps")
     yield Row("loss after the steps is a number", f"{run.loss:.4g}", bool(torch.isfinite(torch.tensor(run.loss))))
 
 

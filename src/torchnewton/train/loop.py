@@ -76,6 +76,7 @@ class Run:
     generator: torch.Generator
     order: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     step: int = 0
+    batches: int = 0
     cpu_seconds: float = 0.0
     wall_seconds: float = 0.0
     gradient_equivalents: float = 0.0
@@ -90,7 +91,7 @@ class Run:
         return self.batch_size if self.subset is None else len(self.data.x_train)
 
     @property
-    def steps_per_epoch(self) -> int:
+    def batches_per_epoch(self) -> int:
         """Full batches in the training set: the remainder waits for the next shuffle."""
         return max(1, len(self.data.x_train) // self.samples_per_step)
 
@@ -99,6 +100,16 @@ class Run:
         """The first record with the greatest validation score."""
         scored = [(r.validation_score, r) for r in self.history if r.validation_score is not None]
         return max(scored, key=lambda pair: pair[0])[1] if scored else None
+
+    @property
+    def epoch(self) -> float:
+        """How often the training data have been seen."""
+        return self.batches / self.batches_per_epoch
+
+    @property
+    def draws_batches(self) -> bool:
+        """Whether each call of the closure within a step has to draw a new batch; else a step has one."""
+        return hasattr(self.optimizer, "calls_per_step")
 
     def state_dict(self) -> dict[str, Any]:
         """All that changes during a run, for `torch.save`."""
@@ -121,7 +132,7 @@ class Run:
         self.history = [Record(**record) for record in state["history"]]
 
 
-_PLACE = ("order", "step", "cpu_seconds", "wall_seconds", "gradient_equivalents")
+_PLACE = ("order", "step", "batches", "cpu_seconds", "wall_seconds", "gradient_equivalents")
 
 
 @dataclass(frozen=True)
@@ -139,20 +150,24 @@ class Budget:
     def used(self, run: Run) -> float:
         """The used fraction of the budget."""
         if self.epochs is not None:
-            return run.step / (self.epochs * run.steps_per_epoch)
+            return run.epoch / self.epochs
         seconds = run.cpu_seconds if run.data.x_train.device.type == "cpu" else run.wall_seconds
         return seconds / self.seconds if self.seconds else 1.0
 
-    def has_reached(self, run: Run) -> bool:
-        """Whether the training loss is as low as `loss`; the look is no part of the run's time."""
-        if self.loss is None or run.step % max(1, run.steps_per_epoch // 10):
+    def has_reached(self, run: Run, before: int = -1) -> bool:
+        """Whether the training loss is as low as `loss`; the look is no part of the run's time.
+
+        It looks where a tenth of an epoch is full that was not at `before` batches.
+        """
+        interval = max(1, run.batches_per_epoch // 10)
+        if self.loss is None or run.batches // interval == before // interval:
             return False
         return training_loss(run) <= self.loss
 
     def is_evaluation_due(self, run: Run, before: float) -> bool:
         """Every epoch, or at marks of the seconds, dense at the start; `before` is `used` a step ago."""
         if self.epochs is not None:
-            return run.step % run.steps_per_epoch == 0
+            return int(run.epoch) > int(before * self.epochs + 1e-9)
         used = self.used(run)
         return used >= 1 or math.isqrt(int(used * MARKS**2)) > math.isqrt(int(before * MARKS**2))
 
@@ -173,8 +188,9 @@ def train(
     used = budget.used(run)
     while used < 1:
         before = [p.detach().clone() for p in run.model.parameters()] if budget.loss else []
+        batches = run.batches
         train_step(run)
-        reached = budget.has_reached(run)
+        reached = budget.has_reached(run, batches)
         if reached and budget.loss:
             cut_last_step(run, before, budget.loss)
         if reached or budget.is_evaluation_due(run, before=used):
@@ -205,11 +221,12 @@ def train_step(run: Run) -> None:
 def _batch_step(run: Run) -> tuple[Any, int]:
     """A step on the next batch; gives its loss and the calls of the closure."""
     calls = 0
-    x, y = next_batch(run)
+    batch = None if run.draws_batches else next_batch(run)
 
     def closure() -> Any:
         nonlocal calls
         calls += 1
+        x, y = batch or next_batch(run)
         run.optimizer.zero_grad()
         loss = loss_function(run.model(x), y, run.data.loss)
         loss.backward()
@@ -221,6 +238,7 @@ def _batch_step(run: Run) -> tuple[Any, int]:
 def _full_step(run: Run, fraction: float) -> Any:
     """A Newton step on all data with the curvature of the next block of them; gives the loss."""
     data, seed = run.data, run.generator.initial_seed()
+    run.batches += 1
 
     def objective(indices: Tensor) -> Closure:
         batches = indices.to(data.x_train.device).split(run.batch_size)
@@ -260,7 +278,8 @@ def cut_last_step(run: Run, before: list[Tensor], loss: float) -> None:
 
 def next_batch(run: Run) -> tuple[Tensor, Tensor]:
     """The next batch of a shuffle that is drawn anew for each epoch."""
-    position = run.step % run.steps_per_epoch
+    position = run.batches % run.batches_per_epoch
+    run.batches += 1
     if position == 0:
         run.order = torch.randperm(len(run.data.x_train), generator=run.generator)
     index = run.order[position * run.batch_size : (position + 1) * run.batch_size].to(run.data.x_train.device)
@@ -268,9 +287,9 @@ def next_batch(run: Run) -> tuple[Tensor, Tensor]:
 
 
 def step_report(run: Run) -> StepReport | None:
-    """The last step's numbers, where the optimizer keeps them."""
+    """The last step's numbers, where the optimizer is a Newton method."""
     report = getattr(run.optimizer, "report", None)
-    return report if isinstance(report, StepReport) else None
+    return report if isinstance(report, StepReport) and math.isfinite(report.damping) else None
 
 
 def loss_function(output: Tensor, y: Tensor, kind: str = "auto") -> Tensor:
@@ -302,7 +321,7 @@ def evaluate(run: Run) -> Record:
         held_loss, held_accuracy = _measure(run.model, data.x_validation, data.y_validation, data.loss)
     return Record(
         run.step,
-        run.step / run.steps_per_epoch,
+        run.epoch,
         run.cpu_seconds,
         run.wall_seconds,
         train_loss,

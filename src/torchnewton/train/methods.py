@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from torchnewton.curvature import ComplexStepHessian
-from torchnewton.optim import SGN, Newton, NewtonCG, NewtonKrylov
+from torchnewton.optim import DCASGD, SGN, EntropySGD, Newton, NewtonCG, NewtonKrylov, WorkerSecant
 from torchnewton.train.data import Dataset
 from torchnewton.train.errors import UsageError, choose
 
@@ -129,5 +129,16 @@ METHODS = {
         epochs=10,
     ),
     "muon": Method(Muon, 3e-3, _ADAM_RATES),
+    "dc-asgd": Method(
+        lambda model, lr: DCASGD(model.parameters(), lr=lr, adaptive=True, delay=4), 0.01, (0.003, 0.01, 0.03, 0.1, 0.3)
+    ),
+    "worker-secant": Method(
+        lambda model, lr: WorkerSecant(model.parameters(), lr=lr, local_steps=4, num_workers=4),
+        0.1,
+        (0.01, 0.03, 0.1, 0.3, 1.0),
+    ),
+    "entropy-sgd": Method(
+        lambda model, lr: EntropySGD(model.parameters(), inner_lr=lr), 0.01, (0.001, 0.003, 0.01, 0.03, 0.1)
+    ),
 }
 NAMES = list(METHODS)
