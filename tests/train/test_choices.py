@@ -158,5 +158,5 @@ def test_every_method_has_a_colour_of_its_own():
 def test_batch_sizes_by_method():
     assert default_batch_size("adam", images()) == 40
     small, large = images(n=1500), images(n=3000)
-    assert [default_batch_size(m, small) for m in ("adam", "newton", "lbfgs")] == [64, 250, 1500]
-    assert [default_batch_size(m, large) for m in ("adam", "newton", "lbfgs")] == [128, 300, 3000]
+    assert [default_batch_size(m, small) for m in ("adam", "newton", "lbfgs")] == [64, 64, 1500]
+    assert [default_batch_size(m, large) for m in ("adam", "newton", "lbfgs")] == [128, 100, 3000]
