@@ -20,7 +20,7 @@ from matplotlib.ticker import NullLocator
 
 import torchnewton as tn
 from benchmarks.study import Row, Rows, batches, closure_over, measured, network, save, write_section
-from benchmarks.tables import table
+from benchmarks.suite.tables import table
 from torchnewton.train.data import Dataset, load
 from torchnewton.train.figures import STYLE
 

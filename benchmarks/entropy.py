@@ -19,7 +19,7 @@ from torch import nn
 
 import torchnewton as tn
 from benchmarks.study import Row, Rows, network, save, write_section
-from benchmarks.tables import table
+from benchmarks.suite.tables import table
 from torchnewton.train.data import Dataset, load
 from torchnewton.train.figures import STYLE
 from torchnewton.train.loop import Budget, Run, loss_function, train, training_loss

@@ -13,7 +13,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from benchmarks.store import about
+from benchmarks.suite.store import about
 from torchnewton.train.data import Dataset
 from torchnewton.train.figures import STYLE
 from torchnewton.train.loop import loss_function
