@@ -48,8 +48,8 @@ def run(
             points.append(Point(used, number, gradients, value))
             if end == limit and is_reached(value):
                 end = min(limit, max(seconds, OVERTIME * used))
-            # no more time for evaluations than for training, whatever the test set costs
-            due = max(used * SPACING, used + limit / MARKS, used + cost)
+            # a quarter of the time for evaluations at most, whatever the test set costs
+            due = max(used * SPACING, used + limit / MARKS, used + 3 * cost)
     except Exception as error:  # one method's failure must not end the suite: it is a result
         return points, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     return points, "finished"
