@@ -21,10 +21,10 @@ from benchmarks.suite.tasks import TASKS
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.suite", description=__doc__.split("\n")[0])
-    parser.add_argument("--task", action="append", choices=list(TASKS), help="again for each; default: all")
+    parser.add_argument("--task", action="append", choices=list(TASKS), help="again for each, in their order; default: all")
     parser.add_argument("--data-dir", type=Path, default=Path("data"), help="the folder of the data sets")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--processes", type=int, default=1, help="tasks side by side, the longest first")
+    parser.add_argument("--processes", type=int, default=1, help="tasks side by side; of all, the longest first")
     parser.add_argument("--quick", action="store_true", help="a smoke test, written to runs/quick-benchmarks")
     parser.add_argument("--fresh", action="store_true", help="measure again what is there")
     parser.add_argument("--report-only", action="store_true", help="only write the page and its pictures")
@@ -33,7 +33,7 @@ def main() -> None:
     results = folder / "benchmarks/results"
     seeds = 1 if args.quick else args.seeds
     tasks = [task.quick() if args.quick else task for task in TASKS.values()]
-    chosen = [] if args.report_only else names_longest_first(t for t in tasks if not args.task or t.name in args.task)
+    chosen = [] if args.report_only else args.task or names_longest_first(tasks)
     if args.fresh:
         for name in chosen:
             Store(results).forget(name)
