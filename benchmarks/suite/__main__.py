@@ -21,7 +21,7 @@ from benchmarks.suite.tasks import TASKS
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.suite", description=__doc__.split("\n")[0])
-    parser.add_argument("--task", action="append", choices=list(TASKS), help="again for each, in their order; default: all")
+    parser.add_argument("--task", action="append", choices=list(TASKS), help="again for each, in order; default: all")
     parser.add_argument("--data-dir", type=Path, default=Path("data"), help="the folder of the data sets")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--processes", type=int, default=1, help="tasks side by side; of all, the longest first")
