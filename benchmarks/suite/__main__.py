@@ -22,6 +22,9 @@ from benchmarks.suite.tasks import TASKS
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.suite", description=__doc__.split("\n")[0])
     parser.add_argument("--task", action="append", choices=list(TASKS), help="again for each, in order; default: all")
+    parser.add_argument(
+        "--method", action="append", default=[], help="again for each; default: all, and the sensitivity"
+    )
     parser.add_argument("--data-dir", type=Path, default=Path("data"), help="the folder of the data sets")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--processes", type=int, default=1, help="tasks side by side; of all, the longest first")
@@ -37,7 +40,7 @@ def main() -> None:
     if args.fresh:
         for name in chosen:
             Store(results).forget(name)
-    failures = run_all(chosen, args.processes, (args.quick, seeds, args.data_dir, results))
+    failures = run_all(chosen, args.processes, (args.quick, seeds, args.data_dir, results, args.method))
     print(f"Written: {report.write(tasks, seeds, folder)}")
     if failures:
         sys.exit("\n".join(f"Error: {failure}" for failure in failures))

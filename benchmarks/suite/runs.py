@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -53,13 +53,14 @@ def _safe_start(entry: Entry, training: Training, key: Key) -> Step:
         return step
 
 
-def run_task(task: Task, seeds: int, data_dir: Path, store: Store) -> None:
-    """Measures what the store does not have."""
+def run_task(task: Task, seeds: int, data_dir: Path, store: Store, methods: Sequence[str] = ()) -> None:
+    """Measures what the store does not have; of some methods only, and then no sensitivity, where they are named."""
     problem = task.problem(data_dir)
     size = problem.training(0).size
     if task.samples and size != task.samples:
         raise UsageError(f"{task.name} has {task.samples} training samples, the files in {data_dir} give {size}.")
     found = [entry for entry in task.entries if not rivals.is_missing(entry)]
+    found = [entry for entry in found if not methods or entry.method in methods]
     warm: set[str] = set()
 
     def getter(entry: Entry) -> Get:
@@ -77,7 +78,7 @@ def run_task(task: Task, seeds: int, data_dir: Path, store: Store) -> None:
     for seed in range(seeds):
         for entry in found:
             getter(entry)(key_of(task, entry, rates[entry.method], seed, task.budget(entry)))
-    for entry in found:
+    for entry in () if methods else found:
         for variation in sensitivity.variations(Row(task, entry, rates[entry.method], [])):
             for varied, key in variation.runs:
                 getter(varied)(key)
@@ -97,7 +98,7 @@ def names_longest_first(tasks: Iterable[Task]) -> list[str]:
     return [task.name for task in sorted(tasks, key=lambda task: -task.limit * len(task.entries))]
 
 
-def run_all(names: list[str], processes: int, arguments: tuple[bool, int, Path, Path]) -> list[str]:
+def run_all(names: list[str], processes: int, arguments: tuple[bool, int, Path, Path, Sequence[str]]) -> list[str]:
     """Each task in a process; one whose files are missing does not keep the others from running, and is returned."""
     failures: list[str] = []
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
@@ -110,8 +111,8 @@ def run_all(names: list[str], processes: int, arguments: tuple[bool, int, Path, 
     return failures
 
 
-def run_by_name(name: str, quick: bool, seeds: int, data_dir: Path, results: Path) -> None:
+def run_by_name(name: str, quick: bool, seeds: int, data_dir: Path, results: Path, methods: Sequence[str] = ()) -> None:
     """What a process does; by name, because the tasks hold functions, which do not travel."""
     torch.set_num_threads(1)
     keep_freed_memory()
-    run_task(TASKS[name].quick() if quick else TASKS[name], seeds, data_dir, Store(results))
+    run_task(TASKS[name].quick() if quick else TASKS[name], seeds, data_dir, Store(results), methods)
