@@ -21,6 +21,7 @@ from torchnewton.curvature import (
     complex_step_rule,
     directional_derivative,
 )
+from torchnewton.distributed import DataParallel, RankError
 from torchnewton.globalization import (
     Armijo,
     AutoDamping,
@@ -68,6 +69,7 @@ __all__ = [
     "ComplexStep",
     "ComplexStepHessian",
     "ConstantDamping",
+    "DataParallel",
     "DifferenceJacobian",
     "Direct",
     "Dual",
@@ -92,6 +94,7 @@ __all__ = [
     "NewtonKrylov",
     "Nystrom",
     "Plane",
+    "RankError",
     "RecordError",
     "SaddleEscape",
     "ScheduledDamping",

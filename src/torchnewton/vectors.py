@@ -6,20 +6,44 @@ The solvers and the step loop use these few functions only, so that one place de
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 Vector: TypeAlias = list[Tensor]
+Agreement: TypeAlias = Callable[[Tensor], Tensor]
+
+_AGREEMENT: ContextVar[Agreement | None] = ContextVar("agreement", default=None)
+
+
+@contextmanager
+def agreeing(agreement: Agreement | None) -> Iterator[None]:
+    """Let `dot` and `max_abs` inside the block give what `agreement` makes of the number this process has found.
+
+    Processes that hold copies of the same vectors may find numbers that differ by rounding, and would then part ways at
+    a comparison: here they come to one number. None is for vectors that concern this process alone.
+    """
+    token = _AGREEMENT.set(agreement)
+    try:
+        yield
+    finally:
+        _AGREEMENT.reset(token)
+
+
+def _agreed(number: Tensor) -> float:
+    agreement = _AGREEMENT.get()
+    return float(number if agreement is None else agreement(number))
 
 
 def dot(x: Sequence[Tensor], y: Sequence[Tensor]) -> float:
     """⟨x, y⟩, summed over all tensors (0 for empty lists)."""
     if not x:
         return 0.0
-    return float(torch.stack([torch.dot(a.reshape(-1), b.reshape(-1)) for a, b in zip(x, y, strict=True)]).sum())
+    return _agreed(torch.stack([torch.dot(a.reshape(-1), b.reshape(-1)) for a, b in zip(x, y, strict=True)]).sum())
 
 
 def inner_products(D: Sequence[Sequence[Tensor]], E: Sequence[Sequence[Tensor]]) -> Tensor:
@@ -34,7 +58,7 @@ def norm(x: Sequence[Tensor]) -> float:
 
 def max_abs(x: Sequence[Tensor]) -> float:
     """‖x‖_∞."""
-    return float(torch.stack([a.abs().max() for a in x if a.numel()]).max())
+    return _agreed(torch.stack([a.abs().max() for a in x if a.numel()]).max())
 
 
 def add(x: Sequence[Tensor], y: Sequence[Tensor], alpha: float = 1.0) -> Vector:

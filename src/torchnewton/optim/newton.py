@@ -9,17 +9,19 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
 from torchnewton import vectors
 from torchnewton.curvature import Diagonal, GaussNewton, LinearOperator, forward_flops
+from torchnewton.distributed import DataParallel, record_share
 from torchnewton.globalization import Armijo, AutoDamping, Damping, LearnsFromNewData, LineSearch, TrustRegion
 from torchnewton.optim.acceleration import GeodesicAcceleration
 from torchnewton.optim.escape import SaddleEscape
 from torchnewton.optim.point import Point
 from torchnewton.optim.report import StepReport
-from torchnewton.record import Closure, RecordError, Tape, record, warn_about_rest
+from torchnewton.record import Closure, RecordError, Tape, warn_about_rest
 from torchnewton.solvers import Auto, Operator, Solver, SolveResult, Status, UsesPreviousStep
 from torchnewton.vectors import Vector
 
@@ -29,8 +31,8 @@ Curvature = Callable[[Tape], LinearOperator]
 class Preconditioner(Protocol):
     """An approximation of (A + λI)⁻¹ with a memory."""
 
-    def update(self, tape: Tape, /) -> None:
-        """Learn from the step's tape; once a step."""
+    def update(self, tape: Tape, mean: Callable[[list[Tensor]], list[Tensor]] | None = None, /) -> None:
+        """Learn from the step's tape; once a step. `mean` averages statistics over the samples of all processes."""
         ...
 
     def inverse(self, damping: float, /) -> Operator:
@@ -74,6 +76,9 @@ class Newton(Optimizer):
         escape: the way out of a saddle, for a curvature that may be negative, with a `trust_region`; none.
         retries: how often a step that the line search refused is solved again in the same step with λ raised.
         weight_decay: w, see above; the only option a parameter group may set.
+        process_group: the processes over which the samples are spread, or a `DataParallel` that says more; f is then
+            the mean over the samples of all, and every process makes the same step. A closure whose model is under
+            `DistributedDataParallel` needs no such argument.
 
     A step whose loss, gradient, product or direction is not finite is rejected: parameters and buffers stay as they
     were, bit for bit, λ is raised, and `report.status` says why.
@@ -100,6 +105,7 @@ class Newton(Optimizer):
         escape: SaddleEscape | None = None,
         retries: int = 0,
         weight_decay: float = 0.0,
+        process_group: DataParallel | dist.ProcessGroup | None = None,
     ) -> None:
         name = type(self).__name__
         if not weight_decay >= 0:
@@ -121,6 +127,7 @@ class Newton(Optimizer):
         self.preconditioner = preconditioner
         self.acceleration = acceleration
         self.retries = retries
+        self.data_parallel = DataParallel.of(process_group)
         self.report = StepReport()
 
     @property
@@ -164,14 +171,20 @@ class Newton(Optimizer):
         if self.trust_region is not None:
             self.report.radius = self.radius
         with self._timed("record"):
-            point = Point(closure, [p for p, _ in pairs], [w for _, w in pairs], create_graph=self._memory["products"])
+            params, decays = [p for p, _ in pairs], [w for _, w in pairs]
+            create_graph = self._memory["products"]
+            point = Point(closure, params, decays, create_graph=create_graph, parallel=self.data_parallel)
+        self.data_parallel = point.share.parallel
         saved = {p: dict(self.state[p]) for group in self.param_groups for p in group["params"] if p in self.state}
         try:
-            self._check_repeatable(point)
-            failure = self._advance(point, curvature)
+            with point.share.agreeing():
+                self._check_repeatable(point)
+                failure = self._advance(point, curvature)
         except BaseException:
             self._undo(point, saved)
             raise
+        finally:
+            self.report.bytes_communicated, self.report.messages = point.share.spent()
         if failure:
             self._undo(point, saved)
             self._reject(failure)
@@ -258,11 +271,11 @@ class Newton(Optimizer):
 
     def _operator(self, point: Point, curvature: Closure | None) -> LinearOperator:
         """The curvature of the objective, from the step's own tape or from another closure's."""
-        tape = point.tape
+        tape, share = point.tape, point.share
         if curvature is not None:
-            tape = record(curvature, point.params)
+            tape, share = record_share(curvature, point.params, self.data_parallel)
             point.settled_by(tape)
-        A = self.curvature(tape)
+        A = share.operator(self.curvature(tape))
         if tape.has_rest and not A.covers_whole_loss and not self._memory["warned"]:
             self._memory["warned"] = True
             warn_about_rest()
@@ -278,16 +291,18 @@ class Newton(Optimizer):
         rhs = point.tape.descent if gradient is point.tape.gradient else vectors.scale(gradient, -1.0)
         start = self._previous_step(point) if isinstance(solver, UsesPreviousStep) else None
         if self.preconditioner is not None:
-            self.preconditioner.update(point.tape)
+            self.preconditioner.update(point.tape, point.share.mean)
         while True:
             damping = report.damping = memory["damping"] * memory["scale"]
             result = solver.solve(A + damping, rhs, start, self.inverse_at(gradient, damping))
+            result = point.share.agreed(result, rhs)
             raised = self.damping.raised(memory["damping"])
             if result.status is not Status.NOT_POSITIVE_DEFINITE or raised <= memory["damping"]:
                 break
             memory["damping"] = raised
         if self.escape is not None and result.status is not Status.NOT_FINITE:
-            result = self.escape.better(result, A + damping, gradient, point.value, self.radius, memory["step"])
+            better = self.escape.better(result, A + damping, gradient, point.value, self.radius, memory["step"])
+            result = result if better is result else point.share.agreed(better, rhs)
         report.solver, report.jacobian = result.method, A.path if result.num_products else ""
         report.status = result.status.value
         report.inner_iterations += result.num_iterations
@@ -381,7 +396,8 @@ class Newton(Optimizer):
         """At the first step: the closure must give the same loss again."""
         if self._memory["checked"] or not math.isfinite(point.loss):
             return
-        again = point.tape.evaluate()
+        point.share.check_same(point.params)
+        again = point.replayed()
         tolerance = torch.finfo(point.params[0].dtype).eps ** 0.5 * max(abs(point.loss), 1e-8)
         if not abs(again - point.loss) <= tolerance:
             raise RecordError(

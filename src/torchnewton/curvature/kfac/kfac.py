@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -104,12 +104,18 @@ class KFAC:
         self._num_statistics = 0
         self._spectra_at = (0, 0)  # steps and statistics when they were taken
 
-    def update(self, tape: Tape) -> None:
-        """Count a step, and take statistics from its tape if they are due."""
+    def update(self, tape: Tape, mean: Callable[[list[Tensor]], list[Tensor]] | None = None) -> None:
+        """Count a step, and take statistics from its tape if they are due.
+
+        `mean` makes of the statistics of the samples of this process those of all processes.
+        """
         self._params = tape.params
         if self._num_steps % self.statistics_every == 0:
             tape.require_split()
             fresh = self._statistics.blocks(tape, self._generator)
+            if mean is not None:
+                factors = iter(mean([factor for block in fresh for factor in (block.left, block.right)]))
+                fresh = [Block(block.positions, next(factors), next(factors)) for block in fresh]
             if all(block.is_finite() for block in fresh):
                 self._average(fresh)
                 self._num_statistics += 1

@@ -1,0 +1,7 @@
+"""Several processes: arguments for the parts of a Newton step, no second versions of them."""
+
+from torchnewton.distributed.data_parallel import Alone, DataParallel, Share, record_share
+from torchnewton.distributed.processes import Processes, RankError
+from torchnewton.distributed.reduced import Reduced
+
+__all__ = ["Alone", "DataParallel", "Processes", "RankError", "Reduced", "Share", "record_share"]
