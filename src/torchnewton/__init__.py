@@ -31,11 +31,21 @@ from torchnewton.globalization import (
     ScheduledDamping,
     TrustRegion,
 )
-from torchnewton.optim import SGN, GeodesicAcceleration, Newton, NewtonCG, NewtonKrylov, SaddleEscape, StepReport
+from torchnewton.optim import (
+    SGN,
+    GeodesicAcceleration,
+    HessianFree,
+    Newton,
+    NewtonCG,
+    NewtonKrylov,
+    SaddleEscape,
+    StepReport,
+)
 from torchnewton.record import RecordError, Tape, outputs, record
 from torchnewton.solvers import (
     CG,
     MINRES,
+    AlongNegativeCurvature,
     Auto,
     BiCGSTAB,
     BlockDiagonal,
@@ -51,6 +61,7 @@ from torchnewton.solvers import (
     Status,
     SteihaugCG,
     UntilDisturbed,
+    WarmStart,
 )
 
 __all__ = [
@@ -58,6 +69,7 @@ __all__ = [
     "KFAC",
     "MINRES",
     "SGN",
+    "AlongNegativeCurvature",
     "Armijo",
     "Auto",
     "AutoDamping",
@@ -82,6 +94,7 @@ __all__ = [
     "Gram",
     "Halves",
     "Hessian",
+    "HessianFree",
     "Jacobi",
     "Jacobian",
     "Lanczos",
@@ -106,6 +119,7 @@ __all__ = [
     "Tape",
     "TrustRegion",
     "UntilDisturbed",
+    "WarmStart",
     "complex_step_rule",
     "directional_derivative",
     "outputs",

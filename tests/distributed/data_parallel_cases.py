@@ -25,6 +25,8 @@ METHODS: dict[str, Callable[..., tn.Newton]] = {
     "sgn": partial(tn.SGN, momentum=0.3),
     "newton-cg": tn.NewtonCG,
     "newton-krylov": tn.NewtonKrylov,
+    "hessian-free": partial(tn.HessianFree, damping=10.0),
+    "martens": partial(tn.HessianFree, curvature=tn.GaussNewton, max_iterations=8),
 }
 STEPS = 10
 UNEVEN = (9, 50, 20, 49)

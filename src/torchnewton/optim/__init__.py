@@ -2,10 +2,20 @@
 
 from torchnewton.optim.acceleration import GeodesicAcceleration
 from torchnewton.optim.escape import SaddleEscape
+from torchnewton.optim.hessian_free import HessianFree
 from torchnewton.optim.newton import Newton
 from torchnewton.optim.newton_cg import NewtonCG
 from torchnewton.optim.newton_krylov import NewtonKrylov
 from torchnewton.optim.report import StepReport
 from torchnewton.optim.sgn import SGN
 
-__all__ = ["SGN", "GeodesicAcceleration", "Newton", "NewtonCG", "NewtonKrylov", "SaddleEscape", "StepReport"]
+__all__ = [
+    "SGN",
+    "GeodesicAcceleration",
+    "HessianFree",
+    "Newton",
+    "NewtonCG",
+    "NewtonKrylov",
+    "SaddleEscape",
+    "StepReport",
+]

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -310,24 +311,41 @@ class Newton(Optimizer):
         report.loss_evaluations += result.num_evaluations
         report.gradient_equivalents += result.flops / max(3 * forward_flops(point.tape), 1.0)
         memory["products"] = result.num_products > 0 and "kept" in report.jacobian
-        return self._best_damping(point, result)
+        chosen = self._best_iterate(point, self._best_damping(point, result))
+        return chosen if chosen is result else point.share.agreed(chosen, rhs)
+
+    def _value_of(self, point: Point, result: SolveResult) -> float:
+        """The objective after the full step, infinite where it is not finite."""
+        self.report.loss_evaluations += 1
+        value = point.evaluate(result.solution, 1.0)
+        return value if math.isfinite(value) else math.inf
+
+    def _best_iterate(self, point: Point, result: SolveResult) -> SolveResult:
+        """For a solver that keeps its iterates: back to earlier ones as long as the objective falls."""
+        if not result.iterates or result.status is Status.NOT_FINITE:
+            return result
+        best, lowest = result, self._value_of(point, result)
+        for x, curvature in reversed(result.iterates):
+            earlier = replace(result, solution=x, residual=None, residual_norm=math.nan, curvature=curvature)
+            value = self._value_of(point, earlier)
+            if lowest < math.inf and not value < lowest:
+                break
+            best, lowest = earlier, value
+        return best
 
     def _best_damping(self, point: Point, result: SolveResult) -> SolveResult:
         """For a rule that searches: the λ among several whose full step reaches the lowest objective."""
         report, memory = self.report, self._memory
         if not self.damping.search or result.shifted is None or result.status is Status.NOT_FINITE:
             return result
-
-        def value_of(candidate: SolveResult) -> float:
-            report.loss_evaluations += 1
-            value = point.evaluate(candidate.solution, 1.0)
-            return value if math.isfinite(value) else math.inf
-
-        damping, best, lowest = memory["damping"], result, value_of(result)
+        damping, best, lowest = memory["damping"], result, self._value_of(point, result)
         for factor in self.damping.search:
             other = result.shifted(report.damping * (factor - 1))
             report.gradient_equivalents += other.flops / max(3 * forward_flops(point.tape), 1.0)
-            if other.status in (Status.CONVERGED, Status.MAX_ITERATIONS) and (value := value_of(other)) < lowest:
+            if (
+                other.status in (Status.CONVERGED, Status.MAX_ITERATIONS)
+                and (value := self._value_of(point, other)) < lowest
+            ):
                 best, lowest, memory["damping"] = other, value, damping * factor
         report.damping = memory["damping"] * memory["scale"]
         return best

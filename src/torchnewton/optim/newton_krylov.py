@@ -77,6 +77,6 @@ class NewtonKrylov(Newton):
         """The solver within the radius, ended at the first disturbing direction."""
         solver, radius = self.solver, self.radius
         if isinstance(solver, CG):
-            shared = {f.name: getattr(solver, f.name) for f in fields(solver)}
+            shared = {f.name: getattr(solver, f.name) for f in fields(solver) if f.name != "keep"}
             solver = SteihaugCG(**shared, radius=radius)
         return UntilDisturbed(solver, self.epsilon, self.disagreement, radius)

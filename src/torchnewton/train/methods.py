@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from torchnewton.curvature import ComplexStepHessian
-from torchnewton.optim import SGN, Newton, NewtonCG, NewtonKrylov
+from torchnewton.optim import SGN, HessianFree, Newton, NewtonCG, NewtonKrylov
 from torchnewton.train.data import Dataset
 from torchnewton.train.errors import UsageError, choose
 
@@ -112,6 +112,9 @@ METHODS = {
         epochs=12,
     ),
     "newton-cg": Method(lambda model, lr: NewtonCG(model.parameters()), small_batch=256, large_batch=1000, epochs=12),
+    "hessian-free": Method(
+        lambda model, lr: HessianFree(model.parameters()), small_batch=256, large_batch=1000, epochs=12
+    ),
     "adam": Method(lambda model, lr: torch.optim.Adam(model.parameters(), lr=lr), 1e-3, _ADAM_RATES),
     "sgd": Method(
         lambda model, lr: torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9),
