@@ -21,7 +21,7 @@ from torchnewton.curvature import (
     complex_step_rule,
     directional_derivative,
 )
-from torchnewton.distributed import DataParallel, RankError
+from torchnewton.distributed import DataParallel, Diagonalized, Quorum, RankError
 from torchnewton.globalization import (
     Armijo,
     AutoDamping,
@@ -33,6 +33,7 @@ from torchnewton.globalization import (
 )
 from torchnewton.optim import (
     SGN,
+    DistributedNewton,
     GeodesicAcceleration,
     HessianFree,
     Newton,
@@ -82,8 +83,10 @@ __all__ = [
     "ComplexStepHessian",
     "ConstantDamping",
     "DataParallel",
+    "Diagonalized",
     "DifferenceJacobian",
     "Direct",
+    "DistributedNewton",
     "Dual",
     "EmpiricalFisher",
     "Estimate",
@@ -107,6 +110,7 @@ __all__ = [
     "NewtonKrylov",
     "Nystrom",
     "Plane",
+    "Quorum",
     "RankError",
     "RecordError",
     "SaddleEscape",

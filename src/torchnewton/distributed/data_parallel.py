@@ -163,6 +163,7 @@ class Share(Alone):
             raise ValueError("DataParallel: no rank has a sample (num_samples is 0 everywhere).")
         self.weights = [1.0 if self.summed else n / total for n in counts]
         self.weight = self.weights[self.processes.rank]
+        self.fraction = counts[self.processes.rank] / total if total > 0 else 0.0
 
     @classmethod
     def recorded(cls, parallel: DataParallel, run: Callable[[], Tape]) -> tuple[Tape, Share]:
@@ -201,7 +202,7 @@ class Share(Alone):
 
     def operator(self, A: LinearOperator) -> LinearOperator:
         """Σ wᵣAᵣ."""
-        return Reduced(A, self.processes, self.weight)
+        return Reduced(A, self.processes, self.weight, self.fraction)
 
     @property
     def mean(self) -> Mean | None:

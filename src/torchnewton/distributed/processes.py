@@ -70,6 +70,27 @@ class Processes:
         (row,) = self.of_first([torch.tensor([float(v) for v in numbers], dtype=torch.float64, device=self._device())])
         return [float(v) for v in row.cpu()]
 
+    def joined(self, x: Tensor, sizes: Sequence[int]) -> Tensor:
+        """Everyone's flat x, one after the other; `sizes` are their lengths by rank."""
+        longest = max(sizes)
+        mine = torch.cat([x, x.new_zeros(longest - len(x))])
+        found = [torch.empty_like(mine) for _ in sizes]
+        self._exchange(mine, lambda: dist.all_gather(found, mine, group=self.group, async_op=True))
+        return torch.cat([part[:size] for part, size in zip(found, sizes, strict=True)])
+
+    def raise_hand(self, topic: str) -> None:
+        """Tell the others, who may ask at any time, that this rank is done."""
+        self._ask(topic, 1)
+
+    def hands(self, topic: str) -> int:
+        """How many ranks are done, as far as is known now; nobody waits."""
+        return self._ask(topic, 0)
+
+    def _ask(self, topic: str, amount: int) -> int:
+        self.bytes += 8
+        self.messages += 1
+        return int(self.group.get_group_store().add(f"torchnewton/{topic}", amount))
+
     def agreed(self, number: Tensor) -> Tensor:
         """The number of rank 0, see `vectors.agreeing`."""
         (found,) = self.of_first([number])

@@ -26,14 +26,16 @@ def weighted(x: Sequence[Tensor], weight: float) -> Vector:
 class Reduced(LinearOperator):
     """A = Σ wᵣAᵣ over the ranks r of a group, Aᵣ the operator of rank r with its own samples.
 
-    Whatever is linear in A is the sum of what the ranks find: products, AᵀA-free adjoints, DᵀAD of a few directions,
-    the dense matrix, diagonal and trace. Rows by sample stay where they are, so there is no Gram matrix and no `Dual`.
+    Whatever is linear in A is the sum of what the ranks find: products, DᵀAD of a few directions, the dense matrix,
+    diagonal and trace. Rows by sample stay where they are, so there is no Gram matrix and no `Dual`.
+
+    `own` is what the samples of this rank tell of A: wᵣAᵣ over `fraction`, the share of the samples that are here.
 
     Shapes: as Aᵣ, the same on all ranks. Every method that multiplies is called by all ranks in the same order.
     Cost: that of Aᵣ, and one message of P numbers for a product, k² for DᵀAD, P² for the matrix. Memory: one vector.
     """
 
-    def __init__(self, local: LinearOperator, processes: Processes, weight: float) -> None:
+    def __init__(self, local: LinearOperator, processes: Processes, weight: float, fraction: float = 1.0) -> None:
         super().__init__(
             local.domain,
             local.codomain,
@@ -43,7 +45,13 @@ class Reduced(LinearOperator):
         self.local = local
         self.processes = processes
         self.weight = weight
+        self.fraction = fraction
         self._costs: dict[int, Costs] = {}
+
+    def own(self) -> LinearOperator:
+        """Aᵣ, in the scale of A."""
+        scale = self.weight / self.fraction if self.fraction else 0.0
+        return self.local if scale == 1 else self.local * scale
 
     def _sum(self, x: Sequence[Tensor]) -> Vector:
         return self.processes.sum(weighted(x, self.weight))

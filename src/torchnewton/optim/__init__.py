@@ -1,6 +1,7 @@
 """The optimizers: one step loop in `newton`, every named method a composition."""
 
 from torchnewton.optim.acceleration import GeodesicAcceleration
+from torchnewton.optim.distributed_newton import DistributedNewton
 from torchnewton.optim.escape import SaddleEscape
 from torchnewton.optim.hessian_free import HessianFree
 from torchnewton.optim.newton import Newton
@@ -11,6 +12,7 @@ from torchnewton.optim.sgn import SGN
 
 __all__ = [
     "SGN",
+    "DistributedNewton",
     "GeodesicAcceleration",
     "HessianFree",
     "Newton",

@@ -20,6 +20,7 @@ class Status(Enum):
     MAX_ITERATIONS = "the iteration limit was reached"
     NEGATIVE_CURVATURE = "a direction of negative curvature was met"
     FLAT = "a direction of next to no curvature was met"
+    QUORUM = "enough of the other ranks had finished their part"
     DISAGREEMENT = "the halves of the batch disagree on the curvature of a direction"
     NOT_POSITIVE_DEFINITE = "the matrix is not positive definite: raise the damping"
     BOUNDARY = "the boundary of the trust region was reached"
