@@ -26,7 +26,8 @@ try:
     from torchnewton.train.methods import NAMES as METHODS
     from torchnewton.train.models import NAMES as MODELS
     from torchnewton.train.page import FILES, title, write_page
-    from torchnewton.train.runs import Settings, make_run, train_new, train_resumed
+    from torchnewton.train.ranks import RESTARTS, is_launched, launch
+    from torchnewton.train.runs import Settings, make_run, stored_settings, train_new, train_resumed
     from torchnewton.train.spectrum import CURVATURES, Question, look_at
     from torchnewton.train.spectrum_report import HEADERS as SPECTRUM_HEADERS
     from torchnewton.train.spectrum_report import how, write
@@ -69,6 +70,7 @@ def train_command(
     seed: Seed = Settings.seed,
     device: Device = Settings.device,
     threads: Threads = Settings.threads,
+    ranks: Annotated[int, typer.Option(help="Processes, each with its part of every batch.", min=1)] = Settings.ranks,
     out: Out = None,
     overwrite: Overwrite = False,
     resume: Annotated[str | None, typer.Option(help="Folder of a run to continue.", metavar="FOLDER")] = None,
@@ -83,10 +85,17 @@ def train_command(
                 raise UsageError(
                     f"--{option} cannot change in a resumed run: only --epochs, --seconds and --until-loss can."
                 )
+        ranks = stored_settings(RunFolder(Path(resume)))[1].ranks
+        if ranks > 1 and not is_launched():
+            return launch(sys.argv[1:], ranks, RESTARTS)
         return train_resumed(resume, epochs, seconds, until_loss, _console())
     settings = Settings(
-        data, data_dir, model, method, lr, batch_size, epochs, seconds, seed, device, threads, until_loss
+        data, data_dir, model, method, lr, batch_size, epochs, seconds, seed, device, threads, until_loss, ranks
     )
+    if ranks > 1 and not is_launched():
+        if out is not None:
+            check_free(Path(out), overwrite)
+        return launch(sys.argv[1:], ranks, RESTARTS if out is not None else 0)
     return train_new(settings, out, overwrite, _console())
 
 

@@ -48,6 +48,7 @@ def _work(module: str, rank: int, size: int, folder: str, only: Sequence[str]) -
 
 def main(module: str, size: str, folder: str, *only: str) -> None:
     importlib.import_module(module)
+    torch.optim.SGD([torch.zeros(1, requires_grad=True)])  # imports much, once instead of on every rank
     context = multiprocessing.get_context("fork")
     children = [
         context.Process(target=_work, args=(module, rank, int(size), folder, only)) for rank in range(int(size))

@@ -95,6 +95,10 @@ class RunFolder:
         """Writes the checkpoint."""
         write_atomically(self.path / "checkpoint.pt", lambda p: torch.save(run.state_dict(), p))
 
+    def draw(self, plot: Callable[[Path], object]) -> None:
+        """Writes the curves."""
+        write_atomically(self.path / "curves.png", plot)
+
     def load(self, run: Run) -> None:
         """Puts `run` where the checkpoint was taken and drops metrics written after it."""
         self.load_state(run)
@@ -111,3 +115,16 @@ class RunFolder:
             raise UsageError(f"No run in {self.path}: checkpoint.pt is missing.") from error
         except Exception as error:
             raise UsageError(f"{path} is broken or belongs to another model: start the run again.") from error
+
+
+class Nowhere(RunFolder):
+    """What the ranks write that are not the first: nothing."""
+
+    def append(self, record: Record) -> None:
+        """Nothing."""
+
+    def save(self, run: Run) -> None:
+        """Nothing."""
+
+    def draw(self, plot: Callable[[Path], object]) -> None:
+        """Nothing."""

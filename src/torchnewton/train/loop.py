@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from torchnewton.optim.report import StepReport
 from torchnewton.train.data import Dataset
+from torchnewton.train.ranks import Ranks
 
 TRAIN_SAMPLE = 2000  # training samples whose loss is recorded
 MARKS = 25  # evaluations in a time budget
@@ -67,6 +68,7 @@ class Run:
     gradient_equivalents: float = 0.0
     loss: float = math.nan  # of the last step's batch, before the step
     history: list[Record] = field(default_factory=list)
+    ranks: Ranks = field(default_factory=Ranks)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -120,7 +122,8 @@ class Budget:
         """Whether the training loss is as low as `loss`; the look is no part of the run's time."""
         if self.loss is None or run.step % max(1, run.steps_per_epoch // 10):
             return False
-        return training_loss(run) <= self.loss
+        (reached,) = run.ranks.first(training_loss(run) <= self.loss)
+        return bool(reached)
 
     def is_evaluation_due(self, run: Run, before: float) -> bool:
         """Every epoch, or at marks of the seconds, dense at the start; `before` is `used` a step ago."""
@@ -158,7 +161,7 @@ def train(
         if reached:
             return "training loss reached"
         used = budget.used(run)
-        if on_step(run):
+        if run.ranks.any(on_step(run)):
             return "interrupted"
     return "finished"
 
@@ -179,8 +182,9 @@ def train_step(run: Run) -> None:
     run.loss = float(torch.as_tensor(run.optimizer.step(closure)).detach())  # waits for accelerators
     report = step_report(run)
     run.gradient_equivalents += report.gradient_equivalents if report else calls
-    run.cpu_seconds += time.process_time() - cpu
-    run.wall_seconds += time.perf_counter() - wall
+    cpu, wall = run.ranks.first(time.process_time() - cpu, time.perf_counter() - wall)
+    run.cpu_seconds += cpu
+    run.wall_seconds += wall
     run.step += 1
 
 
@@ -207,11 +211,12 @@ def cut_last_step(run: Run, before: list[Tensor], loss: float) -> None:
 
 
 def next_batch(run: Run) -> tuple[Tensor, Tensor]:
-    """The next batch of a shuffle that is drawn anew for each epoch."""
+    """The next batch of a shuffle that is drawn anew for each epoch, or this rank's part of it."""
     position = run.step % run.steps_per_epoch
     if position == 0:
         run.order = torch.randperm(len(run.data.x_train), generator=run.generator)
-    index = run.order[position * run.batch_size : (position + 1) * run.batch_size].to(run.data.x_train.device)
+    index = run.ranks.part(run.order[position * run.batch_size : (position + 1) * run.batch_size])
+    index = index.to(run.data.x_train.device)
     return run.data.x_train[index], run.data.y_train[index]
 
 

@@ -18,12 +18,13 @@ from rich.console import Console
 
 from torchnewton.train import data as tasks
 from torchnewton.train import models
-from torchnewton.train.checkpoint import RunFolder, check_free, free_name, new_folder, write_atomically
+from torchnewton.train.checkpoint import Nowhere, RunFolder, check_free, free_name, new_folder
 from torchnewton.train.display import Display, summary
 from torchnewton.train.errors import UsageError
 from torchnewton.train.figures import plot_run
 from torchnewton.train.loop import Budget, Run, train
 from torchnewton.train.methods import METHODS, default_batch_size, make_optimizer
+from torchnewton.train.ranks import is_launched, is_restarted, join
 
 
 @dataclass(frozen=True)
@@ -46,9 +47,10 @@ class Settings:
     device: str = "cpu"
     threads: int = 1
     until_loss: float | None = None
+    ranks: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("lr", "batch_size", "epochs", "seconds", "threads", "until_loss"):
+        for name in ("lr", "batch_size", "epochs", "seconds", "threads", "until_loss", "ranks"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 option = name.replace("_", "-")
@@ -68,16 +70,18 @@ class Settings:
 
 def make_run(settings: Settings, data: tasks.Dataset | None = None) -> tuple[Settings, Run]:
     """Builds a run at its start, and the settings with defaults filled in; `data` saves reading it again."""
+    ranks = join(settings.device)
     device = _device(settings.device)
     torch.set_num_threads(settings.threads)
     data = data or tasks.load(settings.data, Path(settings.data_dir)).to(device)
     torch.manual_seed(settings.seed)
     model = models.build(settings.model, data).to(device)
     optimizer = make_optimizer(settings.method, model, settings.lr)
+    ranks.give(optimizer, settings.method)
     batch_size = min(settings.batch_size or default_batch_size(settings.method, data), len(data.x_train))
     generator = torch.Generator().manual_seed(settings.seed)
-    full = replace(settings, model=models.resolve(settings.model, data), batch_size=batch_size)
-    return full, Run(data, model, optimizer, batch_size, generator)
+    full = replace(settings, model=models.resolve(settings.model, data), batch_size=batch_size, ranks=ranks.size)
+    return full, Run(data, model, optimizer, batch_size, generator, ranks=ranks)
 
 
 def _device(name: str) -> torch.device:
@@ -111,9 +115,13 @@ def _version() -> str:
 
 def train_new(settings: Settings, out: str | None, overwrite: bool, console: Console) -> int:
     """Runs `settings` in a new folder, made after all is checked; returns the exit code."""
-    if out is not None:
+    if out is not None and is_restarted() and (Path(out) / "checkpoint.pt").is_file():
+        return train_resumed(out, settings.epochs, settings.seconds, settings.until_loss, console)
+    if out is not None and not is_launched():
         check_free(Path(out), overwrite)
     full, run = make_run(settings)
+    if run.ranks.rank > 0:
+        return _train_in(Nowhere(Path()), full, run, Console(quiet=True))
     stem = f"{run.data.name}-{full.model.replace(':', '-')}-{full.method}"
     folder = RunFolder(Path(out) if out is not None else free_name(stem))
     new_folder(folder.path, overwrite, (*folder.FILES, *folder.SPECTRUM_FILES))
@@ -134,6 +142,9 @@ def train_resumed(
     if until_loss:
         settings = replace(settings, until_loss=until_loss)
     settings, run = make_run(settings)
+    if run.ranks.rank > 0:
+        folder.load_state(run)
+        return _train_in(Nowhere(Path()), settings, run, Console(quiet=True))
     folder.load(run)
     if settings.budget.used(run) >= 1:
         raise UsageError(f"The run in {path} has used its budget: give a larger --epochs or --seconds.")
@@ -169,7 +180,7 @@ def _train_in(folder: RunFolder, settings: Settings, run: Run, console: Console)
 
         status = train(run, settings.budget, on_step, on_record)
         folder.save(run)
-        write_atomically(folder.path / "curves.png", lambda p: plot_run(run.history, run.data.metric, p))
+        folder.draw(lambda p: plot_run(run.history, run.data.metric, p))
     if status == "interrupted":
         console.print(f"Interrupted and saved; continue with: torchnewton train --resume {folder.path}", soft_wrap=True)
         return 130
@@ -184,9 +195,10 @@ def _train_in(folder: RunFolder, settings: Settings, run: Run, console: Console)
 def _headline(settings: Settings, run: Run) -> str:
     lr = f", lr {settings.lr:g}" if settings.lr else ""
     parameters = sum(p.numel() for p in run.model.parameters())
+    spread = f", {run.ranks.size} ranks" if run.ranks.size > 1 else ""
     return (
         f"[bold]{settings.method}[/] on {run.data.name}: {settings.model} with {parameters:,} parameters, "
-        f"{len(run.data.x_train):,} training samples, batch {settings.batch_size}{lr}, seed {settings.seed}"
+        f"{len(run.data.x_train):,} training samples, batch {settings.batch_size}{lr}{spread}, seed {settings.seed}"
     )
 
 
