@@ -34,6 +34,23 @@ def agreeing(agreement: Agreement | None) -> Iterator[None]:
         _AGREEMENT.reset(token)
 
 
+def is_distributed(x: Tensor) -> bool:
+    """Whether x is a DTensor, of which this process may hold a part only."""
+    return hasattr(x, "full_tensor")
+
+
+def _whole(number: Tensor) -> Tensor:
+    """A number that is a DTensor, summed over the processes."""
+    found: Tensor = number.full_tensor() if is_distributed(number) else number  # type: ignore[attr-defined]
+    return found
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    if is_distributed(a) or is_distributed(b):
+        return _whole((a * b).sum())  # a flat view would gather a tensor that is cut along another dimension
+    return torch.dot(a.reshape(-1), b.reshape(-1))
+
+
 def _agreed(number: Tensor) -> float:
     agreement = _AGREEMENT.get()
     return float(number if agreement is None else agreement(number))
@@ -43,7 +60,7 @@ def dot(x: Sequence[Tensor], y: Sequence[Tensor]) -> float:
     """⟨x, y⟩, summed over all tensors (0 for empty lists)."""
     if not x:
         return 0.0
-    return _agreed(torch.stack([torch.dot(a.reshape(-1), b.reshape(-1)) for a, b in zip(x, y, strict=True)]).sum())
+    return _agreed(torch.stack([_dot(a, b) for a, b in zip(x, y, strict=True)]).sum())
 
 
 def inner_products(D: Sequence[Sequence[Tensor]], E: Sequence[Sequence[Tensor]]) -> Tensor:
@@ -58,7 +75,7 @@ def norm(x: Sequence[Tensor]) -> float:
 
 def max_abs(x: Sequence[Tensor]) -> float:
     """‖x‖_∞."""
-    return _agreed(torch.stack([a.abs().max() for a in x if a.numel()]).max())
+    return _agreed(torch.stack([_whole(a.abs().max()) for a in x if a.numel()]).max())
 
 
 def add(x: Sequence[Tensor], y: Sequence[Tensor], alpha: float = 1.0) -> Vector:
@@ -89,7 +106,7 @@ def zeros_like(x: Sequence[Tensor]) -> Vector:
 
 def is_finite(x: Sequence[Tensor]) -> bool:
     """True when no entry is NaN or infinite: one pass for the sums, a closer look only where one of them is not."""
-    return all(math.isfinite(float(a.sum())) or bool(torch.isfinite(a).all()) for a in x)
+    return all(math.isfinite(float(_whole(a.sum()))) or bool(_whole(torch.isfinite(a).all())) for a in x)
 
 
 def num_entries(x: Sequence[Tensor]) -> int:

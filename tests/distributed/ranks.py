@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import importlib
 import multiprocessing
+import os
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -22,12 +25,27 @@ TESTS = Path(__file__).parents[1]
 
 
 def launch(
-    module: str, size: int, folder: Path, timeout: float = 120.0, only: Sequence[str] = ()
+    module: str, size: int, factory: pytest.TempPathFactory, timeout: float = 150.0, only: Sequence[str] = ()
 ) -> list[dict[str, Any]]:
-    """The results of every rank by function, of all functions or of those in `only`."""
-    command = [sys.executable, "-W", "error", __file__, module, str(size), str(folder), *only]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
-    assert done.returncode == 0, done.stderr
+    """The results of every rank by function, of all functions or of those in `only`.
+
+    Of several pytest workers the first one runs it, the others wait for its results.
+    """
+    root = factory.getbasetemp()
+    folder = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / f"{module}-{size}"
+    try:
+        folder.mkdir()
+    except FileExistsError:
+        end = time.monotonic() + timeout
+        while not (folder / "ended").exists() and time.monotonic() < end:
+            time.sleep(0.1)
+    else:
+        command = [sys.executable, "-W", "error", __file__, module, str(size), str(folder), *only]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
+        finally:
+            (folder / "ended").touch()
+        assert done.returncode == 0, done.stderr
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(size)]
 
 

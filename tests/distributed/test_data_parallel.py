@@ -14,12 +14,12 @@ from torchnewton import vectors
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    return launch("data_parallel_cases", 4, tmp_path_factory.mktemp("ranks"))
+    return launch("data_parallel_cases", 4, tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    return launch("data_parallel_cases", 2, tmp_path_factory.mktemp("ranks"), only=("on_even", "on_uneven"))
+    return launch("data_parallel_cases", 2, tmp_path_factory, only=("on_even", "on_uneven"))
 
 
 def assert_same(found, name, rtol=1e-10, **how):

@@ -20,7 +20,7 @@ SIZE = 4
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    return launch("newton_cases", SIZE, tmp_path_factory.mktemp("ranks"))
+    return launch("newton_cases", SIZE, tmp_path_factory)
 
 
 def by_hand(combine: bool, subset: bool):
