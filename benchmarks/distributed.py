@@ -36,7 +36,7 @@ CG = {"max_iterations": 30, "rtol": 0.1}
 MODES: dict[str, Callable[..., tn.Newton]] = {
     "exact": partial(tn.NewtonCG, **CG),
     "diagonalized": partial(tn.DistributedNewton, **CG),
-    "quorum": partial(tn.DistributedNewton, **CG, quorum=tn.Quorum(share=0.5, min_iterations=2)),
+    "quorum": partial(tn.DistributedNewton, **CG, quorum=tn.Quorum(share=0.5, min_iterations=1)),
 }
 
 

@@ -6,10 +6,14 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
+import torch
 
 from torchnewton.cli import run
+from torchnewton.train.errors import UsageError
+from torchnewton.train.ranks import Ranks
 
 SETTINGS = ["--data", "sine", "--model", "mlp:8", "--method", "newton-cg", "--batch-size", "1750", "--epochs", "3"]
 
@@ -38,6 +42,13 @@ def test_misuse_is_named(capsys, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     assert run(["train", "--device", "cuda"]) == 2
     assert "several ranks run on the CPU" in capsys.readouterr().err
+
+
+def test_first_order_methods_run_in_one_process():
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
+    Ranks().give(optimizer, "sgd")
+    with pytest.raises(UsageError, match="sgd runs in one process"):
+        Ranks(0, 2, Mock()).give(optimizer, "sgd")
 
 
 def test_the_command_launches_torchrun(monkeypatch, tmp_path):

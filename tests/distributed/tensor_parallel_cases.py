@@ -53,6 +53,12 @@ def on_layers_cut(rank: int, size: int) -> Any:
     return found
 
 
+def on_samples_cut_too(rank: int, size: int) -> Any:
+    model = make_model()
+    parallelize_module(model, init_device_mesh("cpu", (size,)), {"0": ColwiseParallel(), "2": RowwiseParallel()})
+    tn.Newton(model.parameters(), process_group=tn.DataParallel()).step(closure_of(model, *make_batch()))
+
+
 def on_default(rank: int, size: int) -> Any:
     """The flagship without arguments, which finds its solver."""
     model = make_model()

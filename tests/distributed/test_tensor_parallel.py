@@ -26,6 +26,11 @@ def test_ten_steps_are_those_of_one_process(name, ranks):
         assert [loss for loss, _ in found] == pytest.approx([loss for loss, _ in steps], rel=1e-10)
 
 
+def test_samples_and_layers_are_not_cut_together(ranks):
+    for rank in ranks:
+        assert rank["on_samples_cut_too"].startswith("ValueError: process_group: parameters that are DTensors")
+
+
 def test_the_flagship_finds_a_solver(ranks):
     losses, solver = ranks[0]["on_default"]
     assert ranks[1]["on_default"][0] == losses

@@ -254,6 +254,11 @@ def record_share(
         return record(closure, params, create_graph=create_graph)
 
     if parallel is not None:
+        if any(vectors.is_distributed(p) for p in params):
+            raise ValueError(
+                "process_group: parameters that are DTensors are summed over by torch itself; leave process_group out "
+                "and give all ranks the same samples."
+            )
         return Share.recorded(parallel, run)
     tape = run()
     group = tape.buffers.process_group

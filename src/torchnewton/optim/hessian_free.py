@@ -7,7 +7,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from torchnewton.curvature import Hessian
+from torchnewton.curvature import GaussNewton, Hessian
 from torchnewton.distributed import DataParallel
 from torchnewton.globalization import Armijo, LevenbergMarquardt
 from torchnewton.optim.newton import Curvature, Newton
@@ -21,17 +21,17 @@ class HessianFree(Newton):
         tn.HessianFree(params, curvature=tn.GaussNewton)       # Martens: CG on (G + λI)d = −g
 
     With the Hessian, which is indefinite, a direction of negative curvature that BiCGSTAB has met is added to its
-    solution: see `AlongNegativeCurvature`. With any other curvature CG starts from 0.95 times the last step, ends when
-    the model no longer falls (`MartensProgress`), and goes back to an earlier iterate as long as the objective falls
-    there (`CG(keep=1.3)`). In both, f(θ + αd) ≤ f(θ) + 1e-4·α·gᵀd is reached by halving α, and λ grows by 3/2 where
-    ρ < ¼ and shrinks by 2/3 where ρ > ¾.
+    solution: see `AlongNegativeCurvature`. With the Gauss-Newton matrix CG starts from 0.95 times the last step, ends
+    when the model no longer falls (`MartensProgress`), and goes back to an earlier iterate as long as the objective
+    falls there (`CG(keep=1.3)`). In both, f(θ + αd) ≤ f(θ) + 1e-4·α·gᵀd is reached by halving α, and λ grows by 3/2
+    where ρ < ¼ and shrinks by 2/3 where ρ > ¾.
 
     The samples may be spread over processes: see `process_group`. Every product is one message then.
 
     Args:
         params: parameters or parameter groups.
-        curvature: `Hessian`, products of 2 gradients; `GaussNewton`, of 4/3.
-        solver: `AlongNegativeCurvature(BiCGSTAB(…))` for the Hessian, `WarmStart(CG(…))` else.
+        curvature: `Hessian`, products of 2 gradients; `GaussNewton`, of 4/3; any other is treated as indefinite.
+        solver: `WarmStart(CG(…))` for `GaussNewton`, `AlongNegativeCurvature(BiCGSTAB(…))` else.
         damping: λ at the start.
         max_iterations: the limit of the solver; BiCGSTAB takes two products an iteration.
         weight_decay, process_group: as for `Newton`.
@@ -56,7 +56,7 @@ class HessianFree(Newton):
         process_group: DataParallel | dist.ProcessGroup | None = None,
     ) -> None:
         if solver is None:
-            solver = _bicgstab(max_iterations) if curvature is Hessian else _martens_cg(max_iterations)
+            solver = _martens_cg(max_iterations) if curvature is GaussNewton else _bicgstab(max_iterations)
         super().__init__(
             params,
             curvature=curvature,
