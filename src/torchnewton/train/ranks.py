@@ -7,9 +7,12 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from torchnewton.distributed import DataParallel
 from torchnewton.optim import Newton
@@ -68,7 +71,11 @@ def join(device: str) -> Ranks:
     if device != "cpu":
         raise UsageError(f"--device {device} is for one process: several ranks run on the CPU.")
     if not dist.is_initialized():
-        dist.init_process_group("gloo")
+        store, rank, size = next(rendezvous("env://"))
+        # After a restart the store still holds the addresses of processes that are gone.
+        store = PrefixStore(f"torchnewton-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        wait = timedelta(seconds=TIMEOUT)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=wait)
     return Ranks(dist.get_rank(), dist.get_world_size(), DataParallel(timeout=TIMEOUT))
 
 
