@@ -22,10 +22,11 @@ $(VENV)/.test: pyproject.toml constraints.txt | $(VENV)/bin/python
 	touch $@
 
 # curvlinops without its dependencies: backpack asks for torchvision, which has no build for this torch and which
-# nothing here imports. What is imported is in the extra.
+# nothing here imports. What is imported is in the extra, and so for the optimizers that the suite compares with.
 $(VENV)/.bench: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(PIP) --editable '.[bench]'
 	$(PIP) --no-deps curvlinops-for-pytorch backpack-for-pytorch einconv unfoldNd linear_operator
+	$(PIP) --no-deps torchzero torch-levenberg-marquardt
 	touch $@
 
 demo: $(VENV)/.cli
@@ -45,7 +46,7 @@ test: check
 
 DATA ?= data
 bench: bench-products
-	$(BIN)/python -m benchmarks.suite --data-dir $(DATA)
+	$(BIN)/python -m benchmarks.suite --data-dir $(DATA) --processes 2
 
 # The first command needs the MNIST files; the second does without them.
 bench-products: $(VENV)/.bench

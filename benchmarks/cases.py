@@ -15,6 +15,7 @@ from torchnewton.train import data
 from torchnewton.train.errors import UsageError
 from torchnewton.train.loop import loss_function
 from torchnewton.train.models import CharTransformer
+from torchnewton.train.simplenn import network
 
 Case = tuple[nn.Module, Tensor, Tensor]
 
@@ -31,11 +32,8 @@ def perceptron(*sizes: int, activation: type[nn.Module] = nn.ReLU) -> nn.Sequent
 
 
 def cnn_4layers() -> nn.Sequential:
-    """CNN_4layers of Wang, Tan, Lin, "Newton Methods for Convolutional Neural Networks"."""
-    layers: list[nn.Module] = []
-    for channels, filters, size in ((3, 32, 5), (32, 64, 3), (64, 64, 3)):
-        layers += [nn.Conv2d(channels, filters, size, padding="same"), nn.ReLU(), nn.MaxPool2d(2)]
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(1024, 10))
+    """CNN_4layers of simpleNN at 32×32×3."""
+    return network("cnn4", (3, 32, 32), 10)
 
 
 def lenet(classes: int = 10) -> nn.Sequential:

@@ -25,7 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import torchnewton as tn
 from benchmarks.cases import CASES
-from benchmarks.store import about
+from benchmarks.suite.store import about
 from benchmarks.timing import measure
 from torchnewton.train.figures import STYLE
 from torchnewton.train.loop import loss_function

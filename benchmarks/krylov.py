@@ -15,8 +15,8 @@ import torch
 
 from benchmarks import krylov_report
 from benchmarks.krylov_tasks import TASKS
-from benchmarks.store import Store
-from benchmarks.suite import ROOT, run_task
+from benchmarks.suite.runs import ROOT, run_task
+from benchmarks.suite.store import Store
 from benchmarks.timing import keep_freed_memory
 from torchnewton.train.errors import UsageError
 

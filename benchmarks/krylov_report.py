@@ -7,12 +7,12 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.criteria import Verdict
 from benchmarks.krylov_tasks import TASKS
-from benchmarks.rows import Row, collect
-from benchmarks.store import Store
-from benchmarks.tables import task_table, value_text
-from benchmarks.tasks import Task
+from benchmarks.suite.criteria import Verdict
+from benchmarks.suite.rows import Row, collect
+from benchmarks.suite.store import Store
+from benchmarks.suite.tables import task_table, value_text
+from benchmarks.suite.task import Task
 
 TITLE = "## Newton-Krylov"
 WORDS = {True: "holds", False: "does not hold", None: "not measured"}

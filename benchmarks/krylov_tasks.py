@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -13,23 +12,31 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import torchnewton as tn
-from benchmarks.measure import Trial
-from benchmarks.problems import DataProblem, Make, batches
-from benchmarks.tasks import Entry, Task, adam, lbfgs, sgn
-from torchnewton.train import data
+from benchmarks.suite.methods import adam, lbfgs, sgn, with_closure
+from benchmarks.suite.problems import Supervised, Training
+from benchmarks.suite.task import Entry, Task
+from torchnewton.train import data, models
 from torchnewton.train.errors import UsageError
-from torchnewton.train.loop import loss_function
 
 SAMPLE = 10_000  # training samples at most whose loss is looked at
 
 
-class LossProblem(DataProblem):
-    """The same task; what is looked at is the training loss."""
+ADAM_RATES = (0.001, 0.003, 0.01, 0.03, 0.1)
+
+
+class TrainingLoss:
+    """A task of `torchnewton train` with its model; what is looked at is the training loss."""
+
+    def __init__(self, spec: str, model: str, folder: Path) -> None:
+        self.whole = Supervised(data.load(spec, folder), lambda found: models.build(model, found))
+
+    def training(self, seed: int) -> Training:
+        whole = self.whole.training(seed)
+        return replace(whole, test=lambda: self.test(whole))
 
     @torch.no_grad()
-    def test(self, model: nn.Module) -> float:
-        x, y = self.data.x_train[:SAMPLE], self.data.y_train[:SAMPLE]
-        return float(loss_function(model(x), y))
+    def test(self, training: Training) -> float:
+        return float(training.loss((training.data[0][:SAMPLE], training.data[1][:SAMPLE])))
 
 
 class Autoencoder:
@@ -47,7 +54,7 @@ class Autoencoder:
         x = x[:SAMPLE].flatten(1)
         self.x = (x - x.min()) / (x.max() - x.min())
 
-    def trial(self, make: Make, batch: int | None, seed: int) -> Trial:
+    def training(self, seed: int) -> Training:
         torch.manual_seed(seed)
         layers: list[nn.Module] = []
         for sizes in pairwise(self.sizes):
@@ -56,14 +63,8 @@ class Autoencoder:
             nn.init.zeros_(layer.bias)
             layers += [layer, nn.Sigmoid()]
         model = nn.Sequential(*layers[:-1])
-        indices = batches(len(self.x), batch or len(self.x), torch.Generator().manual_seed(seed))
-
-        def draw() -> Callable[[], Tensor]:
-            index = next(indices)
-            x = self.x if index is None else self.x[index]
-            return lambda: self.loss(model, x)
-
-        return Trial(make(model), draw, lambda: self.test(model))
+        loss = partial(self.loss, model)
+        return Training(model, (self.x,), len(self.x), lambda batch: loss(batch[0]), lambda: self.test(model), seed)
 
     @staticmethod
     def loss(model: nn.Module, x: Tensor) -> Tensor:
@@ -78,21 +79,21 @@ def krylov(batch: int | None) -> Entry:
     def make(model: nn.Module, lr: float) -> torch.optim.Optimizer:
         return tn.NewtonKrylov(model.parameters())
 
-    return Entry("newton-krylov", "Newton-Krylov", make, batch, goes_on=True)
+    return Entry("newton-krylov", "Newton-Krylov", with_closure(make), batch)
 
 
 def halves(batch: int | None) -> Entry:
     def make(model: nn.Module, lr: float) -> torch.optim.Optimizer:
         return tn.NewtonKrylov(model.parameters(), disagreement=1.0)
 
-    return Entry("halves", "– with the test of halves", make, batch, goes_on=True)
+    return Entry("halves", "– with the test of halves", with_closure(make), batch)
 
 
 def to_tolerance(batch: int | None) -> Entry:
     def make(model: nn.Module, lr: float) -> torch.optim.Optimizer:
         return ToTolerance(model.parameters())
 
-    return Entry("to-tolerance", "– CG to its tolerance", make, batch, goes_on=True)
+    return Entry("to-tolerance", "– CG to its tolerance", with_closure(make), batch)
 
 
 class ToTolerance(tn.NewtonKrylov):
@@ -107,21 +108,21 @@ def newton_cg(batch: int | None) -> Entry:
     def make(model: nn.Module, lr: float) -> torch.optim.Optimizer:
         return tn.NewtonCG(model.parameters())
 
-    return Entry("newton-cg", "Newton-CG", make, batch, goes_on=True)
+    return Entry("newton-cg", "Newton-CG", with_closure(make), batch)
 
 
 def entries(batch: int, adam_batch: int, max_iterations: int) -> tuple[Entry, ...]:
     """All methods at one batch, Adam at a smaller one, too, and L-BFGS on all samples."""
-    small, same = adam(adam_batch), adam(batch)
+    small, same = adam(adam_batch, ADAM_RATES), adam(batch, ADAM_RATES)
     return (
         krylov(batch),
         halves(batch),
         to_tolerance(batch),
         sgn(batch, max_iterations),
         newton_cg(batch),
-        replace(small, goes_on=True),
-        Entry("adam-same-batch", "Adam, the same batch", same.make, batch, same.rates),
-        lbfgs(),
+        small,
+        Entry("adam-same-batch", "Adam, the same batch", same.start, batch, same.rates, goes_on=False),
+        lbfgs(None),
     )
 
 
@@ -134,7 +135,7 @@ SINE = Task(
     seconds=4,
     search_seconds=3,
     limit=12,
-    problem=partial(LossProblem, "sine:10", "sigmoid-mlp:20-20-20"),
+    problem=partial(TrainingLoss, "sine:10", "sigmoid-mlp:20-20-20"),
     entries=entries(1000, 100, max_iterations=20),
 )
 MNIST = Task(
@@ -146,7 +147,7 @@ MNIST = Task(
     seconds=6,
     search_seconds=1.5,
     limit=14,
-    problem=partial(LossProblem, "mnist", "sigmoid-mlp:20-20-20"),
+    problem=partial(TrainingLoss, "mnist", "sigmoid-mlp:20-20-20"),
     entries=entries(10_000, 128, max_iterations=5),
 )
 DIGITS = Task(
@@ -157,7 +158,7 @@ DIGITS = Task(
     seconds=4,
     search_seconds=1.5,
     limit=8,
-    problem=partial(LossProblem, "digits", "cnn"),
+    problem=partial(TrainingLoss, "digits", "cnn"),
     entries=entries(256, 64, max_iterations=10),
 )
 AUTOENCODER = Task(

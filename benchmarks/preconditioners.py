@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import torchnewton as tn
-from benchmarks.store import about
+from benchmarks.suite.store import about
 from torchnewton import vectors
 from torchnewton.curvature import KFAC
 from torchnewton.solvers import Jacobi, Nystrom, Status

@@ -7,8 +7,8 @@ from typing import Any
 
 from benchmarks import directions
 from benchmarks.cases import CNN, MLP, TRANSFORMER
-from benchmarks.criteria import Verdict
 from benchmarks.product_tables import auto_ratio, step_cost
+from benchmarks.suite.criteria import Verdict
 
 Results = Mapping[str, Any]
 

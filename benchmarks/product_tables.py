@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from benchmarks.tables import table
+from benchmarks.suite.tables import table
 
 Results = Mapping[str, Any]
 NONE = "–"

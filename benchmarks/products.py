@@ -18,11 +18,12 @@ import torch
 from torch import Tensor, nn
 
 import torchnewton as tn
-from benchmarks import choices, directions, memory, peers, plane_step, product_tables, report, timing
+from benchmarks import choices, directions, memory, peers, plane_step, product_tables, timing
 from benchmarks.cases import CASES, images
 from benchmarks.product_criteria import product_verdicts
-from benchmarks.store import about
-from benchmarks.tasks import TASKS
+from benchmarks.suite import report
+from benchmarks.suite.store import about
+from benchmarks.suite.tasks import TASKS
 from torchnewton.curvature.layer_jacobian.layers import Paired
 from torchnewton.train.loop import loss_function
 
@@ -93,6 +94,7 @@ def main() -> None:
     parser.add_argument("--part", action="append", help="measure this again and keep the others; default: all")
     parser.add_argument("--quick", action="store_true", help="one round each, written to runs/quick-benchmarks")
     args = parser.parse_args()
+    peers.require()
     torch.set_num_threads(1)
     folder = ROOT / "runs/quick-benchmarks" if args.quick else ROOT
     data, rounds = images(args.data_dir), 1 if args.quick else None

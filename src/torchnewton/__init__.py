@@ -21,7 +21,7 @@ from torchnewton.curvature import (
     complex_step_rule,
     directional_derivative,
 )
-from torchnewton.distributed import DataParallel, Diagonalized, Quorum, RankError
+from torchnewton.distributed import DataParallel, Diagonalized, ParameterServer, Quorum, RankError, ServerConnection
 from torchnewton.globalization import (
     Armijo,
     AutoDamping,
@@ -30,10 +30,14 @@ from torchnewton.globalization import (
     LevenbergMarquardt,
     ScheduledDamping,
     TrustRegion,
+    Unit,
 )
 from torchnewton.optim import (
+    DCASGD,
     SGN,
+    DCASGDWorker,
     DistributedNewton,
+    EntropySGD,
     GeodesicAcceleration,
     HessianFree,
     Newton,
@@ -41,8 +45,10 @@ from torchnewton.optim import (
     NewtonKrylov,
     SaddleEscape,
     StepReport,
+    Subsets,
+    WorkerSecant,
 )
-from torchnewton.record import RecordError, Tape, outputs, record
+from torchnewton.record import RecordError, Tape, outputs, over, record
 from torchnewton.solvers import (
     CG,
     MINRES,
@@ -67,6 +73,7 @@ from torchnewton.solvers import (
 
 __all__ = [
     "CG",
+    "DCASGD",
     "KFAC",
     "MINRES",
     "SGN",
@@ -82,6 +89,7 @@ __all__ = [
     "ComplexStep",
     "ComplexStepHessian",
     "ConstantDamping",
+    "DCASGDWorker",
     "DataParallel",
     "Diagonalized",
     "DifferenceJacobian",
@@ -89,6 +97,7 @@ __all__ = [
     "DistributedNewton",
     "Dual",
     "EmpiricalFisher",
+    "EntropySGD",
     "Estimate",
     "FiniteDifference",
     "FullStep",
@@ -109,24 +118,30 @@ __all__ = [
     "NewtonCG",
     "NewtonKrylov",
     "Nystrom",
+    "ParameterServer",
     "Plane",
     "Quorum",
     "RankError",
     "RecordError",
     "SaddleEscape",
     "ScheduledDamping",
+    "ServerConnection",
     "SolveResult",
     "Spectrum",
     "Status",
     "SteihaugCG",
     "StepReport",
+    "Subsets",
     "Tape",
     "TrustRegion",
+    "Unit",
     "UntilDisturbed",
     "WarmStart",
+    "WorkerSecant",
     "complex_step_rule",
     "directional_derivative",
     "outputs",
+    "over",
     "record",
     "spectrum",
 ]

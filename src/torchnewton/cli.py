@@ -26,7 +26,9 @@ try:
     from torchnewton.train.methods import NAMES as METHODS
     from torchnewton.train.models import NAMES as MODELS
     from torchnewton.train.page import FILES, title, write_page
+    from torchnewton.train.prepare import LOSSES
     from torchnewton.train.ranks import RESTARTS, is_launched, launch
+    from torchnewton.train.recipes import RECIPES, with_recipe
     from torchnewton.train.runs import Settings, make_run, stored_settings, train_new, train_resumed
     from torchnewton.train.spectrum import CURVATURES, Question, look_at
     from torchnewton.train.spectrum_report import HEADERS as SPECTRUM_HEADERS
@@ -70,18 +72,25 @@ def train_command(
     seed: Seed = Settings.seed,
     device: Device = Settings.device,
     threads: Threads = Settings.threads,
+    recipe: Annotated[str | None, typer.Option(help=f"Settings by name: {', '.join(RECIPES)}.")] = None,
+    loss: Annotated[str, typer.Option(help=f"{', '.join(LOSSES)} (summed over the classes).")] = Settings.loss,
+    c: Annotated[float | None, typer.Option("--C", help="Weight decay 1/(C·samples).", show_default="none")] = None,
+    subset: Annotated[float | None, typer.Option(help="Steps on all data, curvature of this part of them.")] = None,
+    samples: Annotated[int | None, typer.Option(help="The first so many for training.", show_default="all")] = None,
+    test_samples: Annotated[int | None, typer.Option(help="The first so many for the test.")] = None,
+    validation: Annotated[float | None, typer.Option(help="Part of the training set to choose best.pt by.")] = None,
+    center: Annotated[bool, typer.Option(help="Subtract the mean training input, of images for each pixel.")] = False,
     ranks: Annotated[int, typer.Option(help="Processes, each with its part of every batch.", min=1)] = Settings.ranks,
     out: Out = None,
     overwrite: Overwrite = False,
     resume: Annotated[str | None, typer.Option(help="Folder of a run to continue.", metavar="FOLDER")] = None,
 ) -> int:
     """Train a model. Without options: a small CNN on digits with Newton."""
+    given = {n for n in context.params if (p := context.get_parameter_source(n)) and p.name == "COMMANDLINE"}
     if resume is not None:
-        fixed = [name for name in context.params if name not in ("resume", "epochs", "seconds", "until_loss")]
-        for name in fixed:
-            source = context.get_parameter_source(name)
-            if source is not None and source.name == "COMMANDLINE":
-                option = name.replace("_", "-")
+        for name in context.params:
+            if name in given and name not in ("resume", "epochs", "seconds", "until_loss"):
+                option = "C" if name == "c" else name.replace("_", "-")
                 raise UsageError(
                     f"--{option} cannot change in a resumed run: only --epochs, --seconds and --until-loss can."
                 )
@@ -90,8 +99,29 @@ def train_command(
             return launch(sys.argv[1:], ranks, RESTARTS)
         return train_resumed(resume, epochs, seconds, until_loss, _console())
     settings = Settings(
-        data, data_dir, model, method, lr, batch_size, epochs, seconds, seed, device, threads, until_loss, ranks
+        data,
+        data_dir,
+        model,
+        method,
+        lr,
+        batch_size,
+        epochs,
+        seconds,
+        seed,
+        device,
+        threads,
+        until_loss,
+        loss,
+        c,
+        subset,
+        samples,
+        test_samples,
+        validation,
+        center,
+        ranks,
     )
+    if recipe is not None:
+        settings = with_recipe(recipe, settings, given)
     if ranks > 1 and not is_launched():
         if out is not None:
             check_free(Path(out), overwrite)

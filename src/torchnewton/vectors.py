@@ -64,8 +64,12 @@ def dot(x: Sequence[Tensor], y: Sequence[Tensor]) -> float:
 
 
 def inner_products(D: Sequence[Sequence[Tensor]], E: Sequence[Sequence[Tensor]]) -> Tensor:
-    """DᵀE of two lists of vectors, in float64 on the CPU."""
-    return torch.tensor([[dot(d, e) for e in E] for d in D], dtype=torch.float64)
+    """DᵀE of two lists of vectors, known to be symmetric: its upper half, mirrored, in float64 on the CPU."""
+    found = torch.empty(len(D), len(D), dtype=torch.float64)
+    for i, d in enumerate(D):
+        for j in range(i, len(D)):
+            found[i, j] = found[j, i] = dot(d, E[j])
+    return found
 
 
 def norm(x: Sequence[Tensor]) -> float:

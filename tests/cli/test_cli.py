@@ -63,6 +63,45 @@ def test_resume_equals_one_run(tmp_path, method):
     assert all(torch.equal(parts[key], whole[key]) for key in whole)
 
 
+def test_a_recipe_with_changes_resumes_and_keeps_the_best_model(tmp_path, capsys):
+    recipe = ["--recipe", "simplenn-mnist", "--data", "digits", "--samples", "90", "--test-samples", "50"]
+    args = ["train", *recipe, "--validation", "0.2", "--batch-size", "40", "--subset", "0.5"]
+    assert run([*args, "--epochs", "4", "--out", "whole"]) == 0
+    assert run([*args, "--epochs", "2", "--out", "parts"]) == 0
+    assert run(["train", "--resume", "parts", "--epochs", "4"]) == 0
+    assert metrics(tmp_path / "parts") == metrics(tmp_path / "whole")
+    settings = json.loads((tmp_path / "whole" / "config.json").read_text())["settings"]
+    expected = {"method": "newton-cg", "model": "cnn4", "loss": "squared-error", "C": 0.01, "center": True}
+    assert expected.items() <= settings.items()
+    assert (settings["data"], settings["subset"], settings["epochs"]) == ("digits", 0.5, 4)
+    lines = metrics(tmp_path / "whole")
+    assert [line["step"] for line in lines] == [0, 1, 2, 3, 4]
+    assert all(line["validation_accuracy"] is not None for line in lines)
+    for name in ("best.pt", "checkpoint.pt"):
+        parts, whole = (torch.load(tmp_path / folder / name) for folder in ("parts", "whole"))
+        parts, whole = (state.get("model", state) for state in (parts, whole))
+        assert all(torch.equal(parts[key], whole[key]) for key in whole)
+    assert "best.pt" in capsys.readouterr().out
+    assert run(["train", "--resume", "parts", "--C", "1"]) == 2
+    assert "--C cannot change" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--recipe", "alexnet"], "Unknown recipe 'alexnet': choose from simplenn-mnist"),
+        (["--C", "-1"], "--C is -1.0"),
+        (["--method", "lbfgs", "--C", "1"], "has no weight decay"),
+        (["--method", "adam", "--subset", "0.5"], "--subset is for Newton methods"),
+        (["--subset", "1.5"], "at most 1"),
+    ],
+)
+def test_wrong_options_of_a_recipe(options, message, capsys, tmp_path):
+    assert run(["train", *options]) == 2
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_ctrl_c_saves_and_the_run_continues(tmp_path):
     command = [sys.executable, "-W", "error", "-m", "torchnewton", *SINE]
     process = subprocess.Popen([*command, "--epochs", "100000", "--out", "run"], stdout=subprocess.PIPE, text=True)

@@ -15,7 +15,7 @@ from torchnewton.cli import run
 from torchnewton.train.errors import UsageError
 from torchnewton.train.ranks import Ranks
 
-SETTINGS = ["--data", "sine", "--model", "mlp:8", "--method", "newton-cg", "--batch-size", "1750", "--epochs", "3"]
+SETTINGS = ["--data", "sine", "--model", "mlp:8", "--method", "hessian-free", "--batch-size", "1750", "--epochs", "3"]
 
 
 def losses(folder: Path) -> list[tuple[int, float]]:
@@ -42,6 +42,12 @@ def test_misuse_is_named(capsys, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     assert run(["train", "--device", "cuda"]) == 2
     assert "several ranks run on the CPU" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options", [["--method", "newton-cg"], ["--subset", "0.1"]])
+def test_steps_on_all_data_are_for_one_process(options, capsys):
+    assert run(["train", "--ranks", "2", *options]) == 2
+    assert "--ranks is for steps on batches" in capsys.readouterr().err
 
 
 def test_first_order_methods_run_in_one_process():

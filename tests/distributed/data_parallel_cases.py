@@ -16,6 +16,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import torchnewton as tn
 from torchnewton import vectors
+from torchnewton.distributed import record_share
+from torchnewton.optim.regime import RegimeChoice
 
 METHODS: dict[str, Callable[..., tn.Newton]] = {
     "newton": tn.Newton,
@@ -128,8 +130,6 @@ def on_empty_rank(rank: int, size: int) -> Any:
 
 def on_estimates(rank: int, size: int) -> Any:
     """Diagonal, trace, dense matrix and DᵀAD of the reduced operator."""
-    from torchnewton.distributed import record_share
-
     model = make_model()
     params = list(model.parameters())
     closure = closure_of(model, *part(make_batch(), rank, size, uneven=True))
@@ -176,6 +176,73 @@ def on_kfac(rank: int, size: int) -> Any:
         process_group=dist.group.WORLD,
     )
     return train(make, lambda _: part(make_batch(), rank, size), steps=6)
+
+
+def plane(model: nn.Module, **how: Any) -> tn.Newton:
+    """The flagship where no factorization is cheap."""
+    optimizer = tn.Newton(model.parameters(), **how)
+    optimizer.choice = RegimeChoice(gradients=0.0, flops=0.0)
+    return optimizer
+
+
+def on_plane(rank: int, size: int) -> Any:
+    model = make_model()
+    optimizer = plane(model, process_group=dist.group.WORLD)
+    found = []
+    for step in range(8):
+        optimizer.step(closure_of(model, *part(make_batch(step), rank, size, uneven=True)))
+        found.append((optimizer.report.loss, optimizer.report.damping, optimizer.report.regime))
+    return flat(model), found
+
+
+def on_choices(rank: int, size: int) -> Any:
+    """By limits of which each is another one on every rank."""
+    model = make_model()
+    params = list(model.parameters())
+    closure = closure_of(model, *part(make_batch(), rank, size, uneven=True))
+    tape, share = record_share(closure, params, tn.DataParallel())
+    return [RegimeChoice(gradients=2.0**k, flops=0.0).starts_exact(tape, share) for k in range(16)]
+
+
+def on_noise(rank: int, size: int) -> Any:
+    """κ and Kronecker factors of means and of sums over the samples."""
+    model = make_model()
+    params, found = list(model.parameters()), []
+    for reduction in ("mean", "sum"):
+        closure = closure_of(model, *part(make_batch(), rank, size, uneven=True), reduction)
+        tape, share = record_share(closure, params, tn.DataParallel())
+        kfac = tn.KFAC()
+        kfac.update(tape, share.statistics)
+        found.append((share.noise_scale(tape, torch.Generator()), kfac.approximation.to_dense()))
+    return found
+
+
+def refusal(run: Callable[[], Any]) -> str:
+    try:
+        run()
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def on_stream(rank: int, size: int) -> Any:
+    """Refused as closure and as curvature; the next step is made."""
+    model = make_model()
+    optimizer = tn.Newton(model.parameters(), process_group=dist.group.WORLD)
+    closure = closure_of(model, *part(make_batch(), rank, size))
+    stream = tn.over([closure, closure])
+    messages = [refusal(lambda: optimizer.step(stream)), refusal(lambda: optimizer.step(closure, curvature=stream))]
+    optimizer.step(tn.over([closure]), curvature=closure)
+    return messages, optimizer.report.accepted
+
+
+def on_stream_under_ddp(rank: int, size: int) -> Any:
+    model = nn.Sequential(nn.BatchNorm1d(5), nn.Linear(5, 3)).double()
+    optimizer = tn.Newton(model.parameters())
+    closure = closure_of(DistributedDataParallel(model), *part(make_batch(), rank, size))
+    stream, before = tn.over([closure, closure]), flat(model)
+    message = refusal(lambda: optimizer.step(stream))
+    return message, torch.equal(before, flat(model)), int(model[0].num_batches_tracked)
 
 
 def on_nan(rank: int, size: int) -> Any:

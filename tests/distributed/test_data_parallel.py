@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from data_parallel_cases import METHODS, STEPS, closure_of, make_batch, make_model, whole
+from data_parallel_cases import METHODS, STEPS, closure_of, make_batch, make_model, plane, whole
 from ranks import launch
 from reference import assert_close
 
 import torchnewton as tn
 from torchnewton import vectors
+from torchnewton.curvature import noise_scale
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +96,49 @@ def test_kfac_is_the_same_on_all_ranks(ranks):
     for rank in ranks[1:]:
         assert torch.equal(rank["on_kfac"][0], theta)
     assert reports[-1][0] < 0.5 * reports[0][0]
+
+
+def test_both_regimes_of_the_flagship_are_those_of_all_ranks(ranks):
+    theta, steps = ranks[0]["on_plane"]
+    for rank in ranks[1:]:
+        assert torch.equal(rank["on_plane"][0], theta)
+        assert rank["on_plane"][1] == steps
+        assert rank["on_choices"] == ranks[0]["on_choices"]
+    assert set(ranks[0]["on_choices"]) == {False, True}
+    assert {regime for _, _, regime in steps} == {"plane"}
+    model = make_model()
+    optimizer = plane(model)
+    for step, (loss, damping, _) in enumerate(steps):
+        optimizer.step(closure_of(model, *make_batch(step)))
+        assert loss == pytest.approx(optimizer.report.loss, rel=0.1 if step else 1e-12)  # other random numbers
+        assert damping == pytest.approx(optimizer.report.damping, rel=0.3 if step else 1e-12)
+
+
+def test_noise_and_kronecker_factors_of_means_and_sums(ranks):
+    model = make_model()
+    params = list(model.parameters())
+    (mean, factors), (total, factors_of_sum) = ranks[0]["on_noise"]
+    for reduction, found in (("mean", mean), ("sum", total)):
+        tape = tn.record(closure_of(model, *make_batch(), reduction), params)
+        assert found == pytest.approx(noise_scale(tape))
+    assert_close(factors_of_sum, 3 * 128 * factors)
+    dense = tn.GaussNewton(tape).to_dense()
+    assert float(factors_of_sum.trace()) == pytest.approx(float(dense.trace()), rel=0.3)  # random u
+
+
+def test_streams_are_refused(ranks):
+    for rank in ranks:
+        messages, accepted = rank["on_stream"]
+        assert [message.startswith("process_group: the batches of tn.over") for message in messages] == [True, True]
+        assert accepted
+
+
+def test_streams_under_ddp_are_refused(ranks):
+    for rank in ranks:
+        message, untouched, batches = rank["on_stream_under_ddp"]
+        assert message.startswith("process_group: the batches of tn.over")
+        assert untouched
+        assert batches == 0
 
 
 def test_nan_on_one_rank_rejects_the_step_on_all(ranks):

@@ -49,7 +49,7 @@ def test_constant_and_scheduled():
 
 def test_auto_damping_on_its_own_data():
     rule = tn.AutoDamping()
-    assert rule.relative
+    assert rule.unit is tn.Unit.CURVATURE
     assert update(rule, 0.3, 0.9) == pytest.approx(0.1)
     assert update(rule, 0.3, 0.1) == pytest.approx(0.6)
     assert update(rule, 0.3, 0.9, step_length=0.5) == 0.3

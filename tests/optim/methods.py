@@ -13,12 +13,15 @@ import torchnewton as tn
 
 BACKTRACKING = tn.Armijo(decrease=0.9, max_halvings=3, accept_last=True)
 
+NOISE = tn.LevenbergMarquardt(minimum=1e-3, unit=tn.Unit.NOISE)
+
 METHODS: dict[str, Callable[..., tn.Newton]] = {
     "newton": tn.Newton,
     "newton-cg": partial(tn.Newton, solver=tn.CG(max_iterations=5), momentum=0.3),
     "newton-direct": partial(tn.Newton, solver=tn.Direct(), weight_decay=1e-3),
     "newton-backtracking": partial(tn.Newton, line_search=BACKTRACKING),
     "newton-retries": partial(tn.Newton, retries=12, line_search=tn.Armijo(decrease=0.9, max_halvings=0)),
+    "newton-plane": lambda params: tn.Newton(params, solver=tn.Plane(), preconditioner=tn.KFAC(), damping=NOISE),
     "newton-krylov": tn.NewtonKrylov,
     "newton-krylov-halves": partial(tn.NewtonKrylov, disagreement=1.0),
     "published-newton-cg": tn.NewtonCG,
@@ -28,7 +31,7 @@ METHODS: dict[str, Callable[..., tn.Newton]] = {
     "sgn-momentum": partial(tn.SGN, momentum=0.5, preconditioner_exponent=0.75, max_iterations=3),
 }
 
-LONG_RUNS = ("newton", "newton-cg", "newton-direct", "sgn-momentum")
+LONG_RUNS = ("newton", "newton-plane", "newton-cg", "newton-direct", "sgn-momentum")
 
 
 def is_more_careful(now: tn.StepReport, before: tn.StepReport) -> bool:

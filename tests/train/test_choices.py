@@ -6,9 +6,11 @@ from tasks import images, text, values
 
 from torchnewton.train.data import load
 from torchnewton.train.errors import UsageError
+from torchnewton.train.figures import COLOURS
 from torchnewton.train.loop import loss_function
 from torchnewton.train.methods import METHODS, NAMES, Muon, default_batch_size, make_optimizer
 from torchnewton.train.models import build, resolve
+from torchnewton.train.simplenn import network
 
 
 @pytest.mark.parametrize(
@@ -17,6 +19,8 @@ from torchnewton.train.models import build, resolve
         *((spec, images()) for spec in ("auto", "cnn", "mlp", "mlp:5", "sigmoid-mlp", "linear")),
         ("lenet", images(28)),
         ("cnn", images(28)),
+        ("cnn4", images(8)),
+        ("cnn7", images(9)),
         *((spec, values()) for spec in ("auto", "mlp:7-3", "linear")),
         ("auto", text()),
     ],
@@ -38,6 +42,33 @@ def test_auto_chooses_by_the_task():
 def test_the_default_cnn_is_small(tmp_path):
     model = build("auto", load("digits", tmp_path))
     assert sum(p.numel() for p in model.parameters()) == 9930
+
+
+@pytest.mark.parametrize(
+    ("name", "image", "count"),
+    [
+        ("cnn4", (3, 32, 32), 68_106),
+        ("cnn4", (1, 28, 28), 62_026),
+        ("cnn7", (3, 32, 32), 198_378),
+        ("vgg11", (3, 32, 32), 28_144_010),
+        ("vgg16", (3, 32, 32), 33_638_218),
+    ],
+)
+def test_the_networks_of_simplenn_have_the_published_sizes(name, image, count):
+    with torch.device("meta"):
+        model = network(name, image, 10)
+        assert model(torch.empty(2, *image)).shape == (2, 10)
+    assert sum(p.numel() for p in model.parameters()) == count
+
+
+def test_weights_of_simplenn_have_variance_two_over_fan_in():
+    torch.manual_seed(0)
+    layers = [m for m in network("cnn7", (3, 32, 32), 10) if hasattr(m, "weight")]
+    assert len(layers) == 7
+    for layer in layers:
+        fan_in = layer.weight[0].numel()
+        assert abs(layer.weight.var() * fan_in / 2 - 1) < 5 * (2 / layer.weight.numel()) ** 0.5
+        assert not layer.bias.any()
 
 
 def test_sigmoid_weights_are_standard_normal():
@@ -62,6 +93,7 @@ def test_the_transformer_does_not_see_the_future():
         ("cnn:5", images(), "takes no sizes"),
         ("cnn", values(), "needs images"),
         ("lenet", images(), "16×16"),
+        ("vgg11", images(31), "32×32"),
         ("mlp", text(), "transformer is the model for text"),
         ("transformer", images(), "transformer is the model for text"),
     ],
@@ -118,8 +150,13 @@ def test_muon_takes_hidden_weights_and_adamw_the_rest():
     assert model.characters.weight.data_ptr() not in {p.data_ptr() for p in Muon(model, 0.01)._flat}
 
 
+def test_every_method_has_a_colour_of_its_own():
+    assert set(NAMES) <= COLOURS.keys()
+    assert len(set(COLOURS.values())) == len(COLOURS)
+
+
 def test_batch_sizes_by_method():
     assert default_batch_size("adam", images()) == 40
     small, large = images(n=1500), images(n=3000)
-    assert [default_batch_size(m, small) for m in ("adam", "newton", "lbfgs")] == [64, 256, 1500]
-    assert [default_batch_size(m, large) for m in ("adam", "newton", "lbfgs")] == [128, 1000, 3000]
+    assert [default_batch_size(m, small) for m in ("adam", "newton", "lbfgs")] == [64, 250, 1500]
+    assert [default_batch_size(m, large) for m in ("adam", "newton", "lbfgs")] == [128, 300, 3000]

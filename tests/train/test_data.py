@@ -1,13 +1,17 @@
 """Every reader on a tiny file in its true format, and every sentence for a broken one."""
 
 import gzip
+import os
+import pickle
 
 import numpy as np
 import pytest
 import torch
+from tasks import images, text, values
 
 from torchnewton.train.data import WINDOW, absolute, load
 from torchnewton.train.errors import UsageError
+from torchnewton.train.prepare import prepared
 
 
 def write_idx(path, array):
@@ -47,7 +51,7 @@ def test_cifar10_without_a_test_set_keeps_the_last_eighth(tmp_path):
     (tmp_path / "cifar10").mkdir()
     x = np.random.default_rng(0).integers(0, 256, (16, 32, 32, 3), np.uint8)
     np.savez(tmp_path / "cifar10" / "a.npz", x_train=x, y_train=np.arange(16) % 10)
-    data = load("cifar10-npz", tmp_path)
+    data = load("cifar10", tmp_path)
     assert data.x_train.shape == (14, 3, 32, 32)
     assert data.y_test.tolist() == [4, 5]
     assert data.x_train[1, 2, 3, 4] == torch.tensor(x[1, 3, 4, 2] / np.float32(255))
@@ -56,8 +60,80 @@ def test_cifar10_without_a_test_set_keeps_the_last_eighth(tmp_path):
 def test_cifar10_with_a_test_set(tmp_path):
     x = np.zeros((4, 32, 32, 3), np.uint8)
     np.savez(tmp_path / "cifar10.npz", x_train=x, y_train=np.zeros(4), x_test=x[:3], y_test=np.ones(3))
-    data = load("cifar10-npz", tmp_path)
+    data = load("cifar10", tmp_path)
     assert (len(data.x_train), len(data.x_test)) == (4, 3)
+
+
+def cifar_batches(folder, protocol=2, count=3):
+    """Small files in the layout of the published ones, first channel k/255 in batch k."""
+    folder.mkdir()
+    for k, name in enumerate([*(f"data_batch_{k}" for k in range(1, 6)), "test_batch"], start=1):
+        x = np.zeros((count, 3072), np.uint8)
+        x[:, :1024] = k
+        x[:, -1] = 255
+        content = {
+            b"data": x,
+            b"labels": [k % 10] * count,
+            b"batch_label": b"made up",
+            b"filenames": [b"a.png"] * count,
+        }
+        (folder / name).write_bytes(pickle.dumps(content, protocol))
+
+
+@pytest.mark.parametrize("folder", ["cifar-10-batches-py", "cifar10"])
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_cifar10_from_the_python_batches(tmp_path, folder, protocol):
+    cifar_batches(tmp_path / folder, protocol)
+    for data_dir in (tmp_path, tmp_path / folder):
+        data = load("cifar10", data_dir)
+        assert (data.x_train.shape, data.x_test.shape) == ((15, 3, 32, 32), (3, 3, 32, 32))
+        assert data.y_train.tolist() == [k for k in range(1, 6) for _ in range(3)]
+        assert data.y_test.tolist() == [6] * 3
+        assert torch.allclose(data.x_train[3, 0], torch.tensor(2 / 255))
+        assert data.x_train[0, 2, 31, 31] == 1
+        assert not data.x_train[:, 1].any()
+
+
+class _Runs:
+    def __reduce__(self):
+        return os.mkdir, ("made-by-a-pickle",)
+
+
+def test_a_pickle_that_runs_code_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cifar_batches(tmp_path / "cifar10")
+    (tmp_path / "cifar10" / "data_batch_3").write_bytes(pickle.dumps({b"data": _Runs()}))
+    with pytest.raises(UsageError, match=r"data_batch_3 could not be read as a CIFAR-10 batch: .*mkdir"):
+        load("cifar10", tmp_path)
+    assert not (tmp_path / "made-by-a-pickle").exists()
+    broken = {b"data": np.zeros((2, 9), np.uint8), b"labels": [0, 1]}
+    (tmp_path / "cifar10" / "data_batch_3").write_bytes(pickle.dumps(broken))
+    with pytest.raises(UsageError, match="shape"):
+        load("cifar10", tmp_path)
+
+
+def test_preparation():
+    data = images(n=40)
+    small = prepared(data, samples=30, test_samples=5, validation=0.2, center=True)
+    assert (len(small.x_train), len(small.x_test), len(small.x_validation)) == (24, 5, 6)
+    assert small.x_train.mean(0).abs().max() < 1e-6
+    assert small.x_validation.mean(0).abs().max() > 1e-3
+    mean = (data.x_test[:5] - small.x_test)[0]
+    together = torch.cat([small.x_train, small.x_validation]) + mean
+    for image in data.x_train[:30]:
+        assert (together - image).abs().amax((1, 2, 3)).min() < 1e-6
+    again = prepared(data, samples=30, validation=0.2)
+    assert torch.equal(again.y_validation, small.y_validation)
+    for options, match in (
+        ({"validation": 0.001}, "leaves 0 of 40"),
+        ({"loss": "hinge"}, "Unknown loss"),
+    ):
+        with pytest.raises(UsageError, match=match):
+            prepared(data, **options)
+    with pytest.raises(UsageError, match="values to predict"):
+        prepared(values(), loss="squared-error")
+    with pytest.raises(UsageError, match="is text"):
+        prepared(text(), center=True)
 
 
 def test_sine_has_the_published_sizes_and_noise(tmp_path):
@@ -140,8 +216,8 @@ def test_a_broken_file_is_one_sentence_with_its_name(tmp_path, name):
 def test_missing_standard_files_say_what_to_put_where(tmp_path):
     with pytest.raises(UsageError, match=r"put train-images-idx3-ubyte\.gz.* into .*mnist"):
         load("mnist", tmp_path)
-    with pytest.raises(UsageError, match=r"put \.npz files .* into .*cifar10"):
-        load("cifar10-npz", tmp_path)
+    with pytest.raises(UsageError, match=r"put the python batches .* into .*cifar10"):
+        load("cifar10", tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -166,10 +242,10 @@ def test_images_and_labels_have_to_agree(tmp_path):
 def test_a_broken_npz_file(tmp_path):
     (tmp_path / "cifar10.npz").write_bytes(b"PK nothing")
     with pytest.raises(UsageError, match=r"cifar10\.npz"):
-        load("cifar10-npz", tmp_path)
+        load("cifar10", tmp_path)
 
 
 @pytest.mark.parametrize("spec", ["", "imagenet", "digits:7", "sine:-1", "sine:x", "sine:nan", "libsvm", "libsvm:"])
 def test_unknown_data_names_the_valid_ones(tmp_path, spec):
-    with pytest.raises(UsageError, match="choose from digits, mnist, fashion-mnist, cifar10-npz, sine"):
+    with pytest.raises(UsageError, match="choose from digits, mnist, fashion-mnist, cifar10, sine"):
         load(spec, tmp_path)

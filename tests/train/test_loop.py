@@ -9,9 +9,10 @@ from tasks import images, values
 
 from torchnewton.train.checkpoint import RunFolder, free_name, new_folder, to_json, write_atomically
 from torchnewton.train.errors import UsageError
-from torchnewton.train.loop import Budget, Run, train
+from torchnewton.train.loop import Budget, Run, loss_function, train, train_step
 from torchnewton.train.methods import NAMES, make_optimizer
 from torchnewton.train.models import build
+from torchnewton.train.prepare import prepared
 
 
 def make(method="sgd", data=None, batch_size=8, lr=None):
@@ -30,20 +31,55 @@ def curve(run):
 @pytest.mark.parametrize("stop_at", [10, 13])
 def test_a_saved_run_continues_bit_for_bit(tmp_path, method, stop_at):
     whole = make(method)
-    assert train(whole, Budget(epochs=4)) == "finished"
+    budget = Budget(epochs=4 * getattr(whole.optimizer, "calls_per_step", 1))
+    assert train(whole, budget) == "finished"
+    assert whole.step == 20
 
     first = make(method)
-    status = train(first, Budget(epochs=4), on_step=lambda run: run.step == stop_at)
+    status = train(first, budget, on_step=lambda run: run.step == stop_at)
     assert (status, first.step) == ("interrupted", stop_at)
     RunFolder(tmp_path).save(first)
     torch.randn(3)  # another process has another random state
 
     second = make(method)
     RunFolder(tmp_path).load(second)
-    assert train(second, Budget(epochs=4)) == "finished"
+    assert train(second, budget) == "finished"
     assert curve(second) == curve(whole)
     for a, b in zip(second.model.parameters(), whole.model.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("method", ["newton-cg", "newton", "sgn", "newton-krylov"])
+def test_a_step_on_all_data_continues_bit_for_bit(tmp_path, method):
+    """The subsets go on where they were, into the second pass over them."""
+
+    data = prepared(images(), loss="squared-error", validation=0.2)
+
+    def run():
+        made = make(method, data)
+        made.subset = 0.4
+        return made
+
+    whole = run()
+    assert (whole.batches_per_epoch, whole.samples_per_step) == (1, 32)
+    train(whole, Budget(epochs=5))
+    assert whole.history[-1].train_loss < whole.history[0].train_loss
+    first = run()
+    train(first, Budget(epochs=2))
+    RunFolder(tmp_path).save(first)
+    second = run()
+    RunFolder(tmp_path).load(second)
+    train(second, Budget(epochs=5))
+    assert curve(second) == curve(whole)
+    assert [r.validation_accuracy for r in second.history] == [r.validation_accuracy for r in whole.history]
+    scores = [r.validation_score for r in whole.history]
+    assert whole.best is whole.history[scores.index(max(scores))]
+
+
+def test_squared_error_is_summed_over_the_classes():
+    z, y = torch.randn(5, 3), torch.tensor([0, 2, 1, 1, 0])
+    expected = sum(((z[i] - torch.eye(3)[y[i]]) ** 2).sum() for i in range(5)) / 5
+    assert torch.allclose(loss_function(z, y, "squared-error"), expected)
 
 
 def test_a_run_is_recorded_at_the_start_and_after_each_epoch():
@@ -53,6 +89,18 @@ def test_a_run_is_recorded_at_the_start_and_after_each_epoch():
     assert [r.epoch for r in run.history] == [0, 1, 2, 3]
     assert all(r.test_accuracy is None and r.metric == r.test_loss for r in run.history)
     assert run.history[-1].train_loss < run.history[0].train_loss
+
+
+def test_methods_that_draw_batches_count_epochs_in_batches():
+    """Five batches an epoch, twenty a step: four epochs a step, and all batches differ within an epoch."""
+    run, seen = make("entropy-sgd"), []
+    run.model.register_forward_pre_hook(lambda module, args: seen.append(args[0].sum().item()))
+    train_step(run)
+    assert (run.step, run.batches, run.epoch) == (1, 20, 4)
+    assert all(len(set(seen[i : i + 5])) == 5 for i in range(0, 20, 5))
+    run = make("entropy-sgd")
+    assert train(run, Budget(epochs=9)) == "finished"
+    assert [r.epoch for r in run.history] == [0, 4, 8, 12]
 
 
 def test_every_epoch_sees_each_sample_once_in_a_new_order():

@@ -3,7 +3,6 @@
 from torchnewton.curvature.average import Average
 from torchnewton.curvature.block_diagonal import Blocks
 from torchnewton.curvature.complex_step import ComplexPair, ComplexStepHessian, complex_step_rule
-from torchnewton.curvature.cost_model import forward_flops
 from torchnewton.curvature.difference_jacobian import DifferenceJacobian
 from torchnewton.curvature.directional import Autodiff, ComplexStep, FiniteDifference, directional_derivative
 from torchnewton.curvature.estimate import Estimate
@@ -13,8 +12,9 @@ from torchnewton.curvature.gram import Gram
 from torchnewton.curvature.halves import Halves
 from torchnewton.curvature.hessian import Hessian
 from torchnewton.curvature.jacobian import Jacobian
-from torchnewton.curvature.kfac import KFAC
+from torchnewton.curvature.kfac import KFAC, Shared
 from torchnewton.curvature.layer_jacobian import LayerJacobian
+from torchnewton.curvature.noise import noise_parts, noise_scale
 from torchnewton.curvature.operator import Diagonal, LinearOperator
 
 __all__ = [
@@ -37,7 +37,9 @@ __all__ = [
     "Jacobian",
     "LayerJacobian",
     "LinearOperator",
+    "Shared",
     "complex_step_rule",
     "directional_derivative",
-    "forward_flops",
+    "noise_parts",
+    "noise_scale",
 ]

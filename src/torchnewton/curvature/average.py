@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from torchnewton import vectors
 from torchnewton.costs import Costs
 from torchnewton.curvature.gauss_newton import GaussNewton
+from torchnewton.curvature.halves import Halves
 from torchnewton.curvature.hessian import Hessian
 from torchnewton.curvature.operator import LinearOperator
-from torchnewton.record import Closure, RecordError, Tape, record
-from torchnewton.record.replay import RandomState, kept_gradients, same_random_numbers
+from torchnewton.record import Objective, StreamedTape, Tape, Weights, over
 from torchnewton.vectors import Vector
 
 Curvature = Callable[[Tape], LinearOperator]
-Weights = Sequence[float] | Callable[[Any], float]
 
 
 class Average(LinearOperator):
@@ -29,10 +25,8 @@ class Average(LinearOperator):
         A = tn.Average([closure_1, closure_2], params)                       # equal weights
         A = tn.Average(loader, params, lambda batch: F.mse_loss(model(batch[0]), batch[1]))
 
-    `loss_of_batch` makes closures of batches. Then the weights are the numbers of samples, the length of the first
-    tensor of each batch, so that means over batches, the last one short, add up to the mean over the data; for other
-    ones give `weights`: a list of numbers, or a function of a batch (of a closure, without `loss_of_batch`).
-    `curvature` makes Aᵢ from a tape. `A.loss` and `A.gradient` are averages with the same weights.
+    `batches`, `loss_of_batch` and `weights` are those of `over`; an objective that `over` has made takes the place of
+    all three. `curvature` makes Aᵢ from a tape. `A.loss` and `A.gradient` are averages with the same weights.
 
     Every product records each closure again and drops its graph: random numbers are those of the first pass, which
     the constructor makes; buffers (BatchNorm) and `param.grad` are put back, so that A is one fixed matrix. A loader
@@ -57,7 +51,7 @@ class Average(LinearOperator):
 
     def __init__(
         self,
-        batches: Iterable[Any],
+        batches: Iterable[Any] | Objective,
         params: Sequence[Tensor],
         loss_of_batch: Callable[[Any], Tensor] | None = None,
         *,
@@ -67,21 +61,15 @@ class Average(LinearOperator):
         self.params = list(params)
         if not self.params:
             raise ValueError("Average: params is empty; give the parameters to differentiate with respect to.")
-        if iter(batches) is batches:
-            raise ValueError("Average: batches is an iterator, which ends after one pass; give a list or a loader.")
-        self._batches = batches
-        self._loss_of_batch = loss_of_batch
         self._curvature = curvature
-        self._weights = weights if weights is None or callable(weights) else list(weights)
-        self._devices = [p.device for p in self.params]
-        start = RandomState(self._devices)
-        self._random_state: RandomState | None = None
-        self.gradient = vectors.zeros_like(self.params)
+        self._create_graph = curvature is not Hessian  # which keeps its own
         self._costs = Costs(dense=0.0)
-        self._symmetric = self._positive_semidefinite = True
-        self.total_weight, self.loss = self._pass(self._first_visit)
-        self.gradient = vectors.scale(self.gradient, 1 / self.total_weight)
-        self._random_state = None if start.is_current() else start
+        self._gradients_per_product = 0.0
+        self._symmetric = self._positive_semidefinite = self._whole = True
+        objective = batches if isinstance(batches, Objective) else over(batches, loss_of_batch, weights=weights)
+        self.tape = StreamedTape(objective, self.params, self._first_visit)
+        self.tape.buffers.restore()
+        self.loss, self.gradient, self.total_weight = self.tape.loss, self.tape.gradient, self.tape.total_weight
         super().__init__(
             self.params,
             self.params,
@@ -89,67 +77,45 @@ class Average(LinearOperator):
             is_positive_semidefinite=self._positive_semidefinite,
         )
 
-    def _first_visit(self, tape: Tape, A: LinearOperator, weight: float) -> None:
+    def _first_visit(self, tape: Tape, weight: float) -> None:
+        A = self._curvature(tape)
+        if isinstance(A, Halves):
+            raise ValueError(
+                "the disagreement of halves is not known of a curvature that is streamed: leave it out "
+                "(disagreement=None), or give a closure on one batch."
+            )
         if [x.shape for x in A.domain] != [x.shape for x in A.codomain]:
             raise ValueError(
                 f"Average: curvature made an operator of shape {A.shape}; it must be square, like GaussNewton."
             )
-        vectors.add_(self.gradient, tape.gradient, weight)
         self._costs = self._costs + A.costs(1)
+        self._gradients_per_product = max(self._gradients_per_product, 1 + A.gradients_per_product)
+        self._whole &= A.covers_whole_loss
         self._symmetric &= A.is_symmetric
         self._positive_semidefinite &= A.is_positive_semidefinite
 
-    def _weighted_closures(self) -> Iterator[tuple[Closure, float]]:
-        given = iter(self._weights) if isinstance(self._weights, list) else None
-        for batch in self._batches:
-            if self._loss_of_batch is None and not callable(batch):
-                raise ValueError(
-                    f"Average: batches holds a {type(batch).__name__}, which is no closure; say by loss_of_batch what "
-                    "its loss is."
-                )
-            if given is not None:
-                weight = next(given, None)
-            elif callable(self._weights):
-                weight = self._weights(batch)
-            else:
-                weight = 1 if self._loss_of_batch is None else _num_samples(batch)
-            if weight is None or not 0 <= weight < math.inf:
-                raise ValueError(f"Average: weights={self._weights} must give a number of at least 0 to each batch.")
-            yield batch if self._loss_of_batch is None else partial(self._loss_of_batch, batch), float(weight)
-        if given is not None and next(given, None) is not None:
-            raise ValueError(f"Average: weights={self._weights} has more entries than there are batches.")
+    def _again(self, visit: Callable[[LinearOperator, float], None]) -> None:
+        """Show the operator of every batch to `visit`, with its share of the weights."""
 
-    def _pass(self, visit: Callable[[Tape, LinearOperator, float], None]) -> tuple[float, Tensor]:
-        """Record every closure and show it to `visit`; gives the sum of the weights and the mean loss."""
-        total, loss = 0.0, torch.zeros((), dtype=self.params[0].dtype, device=self.params[0].device)
-        with same_random_numbers(self._random_state, self._devices), kept_gradients(self.params):
-            for closure, weight in self._weighted_closures():
-                total += weight
-                loss = loss + weight * self._visit(closure, weight, visit)
-        if not total > 0:
-            raise ValueError("Average: there is no batch with a weight above 0.")
-        return total, loss / total
+        def visit_tape(tape: Tape, weight: float) -> None:
+            visit(self._curvature(tape), weight / self.total_weight)
 
-    def _visit(self, closure: Closure, weight: float, visit: Callable[[Tape, LinearOperator, float], None]) -> Tensor:
-        """One closure; its graph is dropped on return."""
-        tape = record(closure, self.params, create_graph=self._curvature is not Hessian)  # which keeps its own
-        try:
-            with same_random_numbers(RandomState(self._devices), self._devices):
-                visit(tape, self._curvature(tape), weight)
-            return tape.loss
-        finally:
-            tape.buffers.restore()
+        self.tape.again(visit_tape, create_graph=self._create_graph)
 
-    def _again(self, visit: Callable[[Tape, LinearOperator, float], None]) -> None:
-        """A pass that must be a repetition of the first."""
-        _, loss = self._pass(visit)
-        now, first = float(loss), float(self.loss)
-        tolerance = torch.finfo(loss.dtype).eps ** 0.5 * max(abs(first), 1e-8)
-        if math.isfinite(first) and not abs(now - first) <= tolerance:
-            raise RecordError(
-                f"the average loss was {first:.8g} and is {now:.8g} now: build the Average anew after the parameters "
-                "have moved, and let random numbers come from torch's global generator."
-            )
+    @property
+    def gradients_per_product(self) -> float:
+        """A gradient for the recording, and those of Aᵢ."""
+        return self._gradients_per_product
+
+    @property
+    def covers_whole_loss(self) -> bool:
+        """Whether every Aᵢ does."""
+        return self._whole
+
+    @property
+    def path(self) -> str:
+        """How products are made."""
+        return "streamed"
 
     def apply(self, v: Sequence[Tensor]) -> Vector:
         """One product with each Aᵢ."""
@@ -159,9 +125,9 @@ class Average(LinearOperator):
         """As many products with each Aᵢ as there are vectors."""
         totals = [vectors.zeros_like(self.params) for _ in vs]
 
-        def visit(tape: Tape, A: LinearOperator, weight: float) -> None:
-            for total, v in zip(totals, vs, strict=True):
-                vectors.add_(total, A.apply(v), weight / self.total_weight)
+        def visit(A: LinearOperator, share: float) -> None:
+            for total, y in zip(totals, A.apply_each(vs), strict=True):
+                vectors.add_(total, y, share)
 
         if vs:
             self._again(visit)
@@ -170,15 +136,15 @@ class Average(LinearOperator):
     def adjoint(self, u: Sequence[Tensor]) -> Vector:
         """One product with each Aᵢᵀ."""
         total = vectors.zeros_like(self.params)
-        self._again(lambda tape, A, weight: vectors.add_(total, A.adjoint(u), weight / self.total_weight))
+        self._again(lambda A, share: vectors.add_(total, A.adjoint(u), share))
         return total
 
     def to_dense(self) -> Tensor:
         """The mean of the matrices, in one pass."""
         found: list[Tensor] = []
 
-        def visit(tape: Tape, A: LinearOperator, weight: float) -> None:
-            part = A.to_dense() * (weight / self.total_weight)
+        def visit(A: LinearOperator, share: float) -> None:
+            part = A.to_dense() * share
             found[:] = [found[0] + part] if found else [part]
 
         self._again(visit)
@@ -187,10 +153,10 @@ class Average(LinearOperator):
     def _exact_diagonal(self) -> Vector | None:
         total: Vector | None = vectors.zeros_like(self.params)
 
-        def visit(tape: Tape, A: LinearOperator, weight: float) -> None:
+        def visit(A: LinearOperator, share: float) -> None:
             nonlocal total
             part = A._exact_diagonal() if total is not None else None
-            total = None if total is None or part is None else vectors.add(total, part, weight / self.total_weight)
+            total = None if total is None or part is None else vectors.add(total, part, share)
 
         self._again(visit)
         return total
@@ -199,22 +165,3 @@ class Average(LinearOperator):
         """Those of all closures, which a product or a matrix records once more at about the cost of a product."""
         once = self._costs
         return Costs(product=2 * once.product + once.setup, dense=once.dense + once.product)
-
-
-def _num_samples(batch: Any) -> int:
-    """The length of the first tensor of a batch."""
-    first = next(_tensors(batch), None)
-    if first is None or first.dim() == 0:
-        raise ValueError(
-            f"Average: a batch ({type(batch).__name__}) has no tensor that tells its number of samples; give "
-            "weights=lambda batch: number of samples."
-        )
-    return len(first)
-
-
-def _tensors(batch: Any) -> Iterator[Tensor]:
-    if isinstance(batch, Tensor):
-        yield batch
-    elif isinstance(batch, (Mapping, list, tuple)):
-        for item in batch.values() if isinstance(batch, Mapping) else batch:
-            yield from _tensors(item)

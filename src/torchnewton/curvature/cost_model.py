@@ -26,7 +26,7 @@ from torchnewton.costs import Costs
 from torchnewton.curvature.groups import output_groups
 from torchnewton.curvature.layer_jacobian import LayerJacobian
 from torchnewton.curvature.layer_jacobian.layers import Layer, Paired
-from torchnewton.record import LayerCall, Tape
+from torchnewton.record import Tape
 from torchnewton.vectors import num_entries
 
 CALL = 7e6  # operations that take as long as the overhead of one call
@@ -87,16 +87,6 @@ def gram_by_rows(layer: Paired, width: int) -> float:
     return (2.0 * rows * layer.places + float(rows) ** 2) * outputs * layer.fan_in
 
 
-def forward_flops(tape: Tape) -> float:
-    """Operations of a forward pass: 2 · output entries · fan-in for each call of a layer with a weight."""
-    return sum(_call_flops(call) for call in tape.layer_calls)
-
-
 def _forward_work(tape: Tape) -> float:
     """The same in operations of matrix products."""
-    return sum(_call_flops(call) + PASS * call.output_shape.numel() for call in tape.layer_calls)
-
-
-def _call_flops(call: LayerCall) -> float:
-    weights = [p for p in call.parameters if p.dim() >= 2]
-    return sum(2.0 * call.output_shape.numel() * (p.numel() // max(p.shape[0], 1)) for p in weights)
+    return sum(call.flops + PASS * call.output_shape.numel() for call in tape.layer_calls)

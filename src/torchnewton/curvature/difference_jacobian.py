@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -33,13 +34,17 @@ class DifferenceJacobian(Jacobian):
         """How products are made."""
         return "differences of outputs"
 
+    @cached_property
+    def _size(self) -> float:
+        return norm([p.detach() for p in self.tape.params])
+
     @torch.no_grad()
     def apply(self, v: Sequence[Tensor]) -> Vector:
         """Jv."""
         params, size = self.tape.params, norm(v)
         if size == 0:
             return [torch.zeros_like(z) for z in self.tape.outputs]
-        h = torch.finfo(params[0].dtype).eps ** 0.5 * max(1.0, norm([p.detach() for p in params])) / size
+        h = torch.finfo(params[0].dtype).eps ** 0.5 * max(1.0, self._size) / size
         with moved(params, v, h):
             ahead = self.tape.evaluate_outputs()
         return [(a - z.detach()) / h for a, z in zip(ahead, self.tape.outputs, strict=True)]

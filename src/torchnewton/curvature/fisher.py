@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from torchnewton.costs import Costs
-from torchnewton.curvature.cost_model import CALL, forward_flops
+from torchnewton.curvature.cost_model import CALL
 from torchnewton.curvature.factor import StoredRows
 from torchnewton.curvature.gauss_newton import GaussNewton
 from torchnewton.curvature.jacobian import Jacobian
@@ -159,7 +159,7 @@ class EmpiricalFisher(LinearOperator):
     def costs(self, num_products: int = 1) -> Costs:
         """Products cost as much as for `GaussNewton`; rows a forward pass and a backward pass for each loss."""
         products, size = self._gauss_newton.costs(num_products), float(self.shape[1])
-        forward = forward_flops(self.tape) + CALL * len(self.tape.layer_calls)
+        forward = self.tape.forward_flops + CALL * len(self.tape.layer_calls)
         rows = (2 + 4 * len(self._scores)) * forward
         n = self._num_rows
         return Costs(products.product, products.setup, rows + n * size**2, rows + n**2 * size, n)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from torchnewton import vectors
 from torchnewton.costs import Costs
-from torchnewton.curvature.cost_model import CALL, forward_flops
+from torchnewton.curvature.cost_model import CALL
 from torchnewton.curvature.operator import LinearOperator
 from torchnewton.record import Tape
 from torchnewton.vectors import Vector
@@ -56,5 +56,5 @@ class Hessian(LinearOperator):
 
     def costs(self, num_products: int = 1) -> Costs:
         """Product: two gradients. Dense: one product a column."""
-        product = 6 * (forward_flops(self.tape) + CALL * len(self.tape.layer_calls))
+        product = 6 * (self.tape.forward_flops + CALL * len(self.tape.layer_calls))
         return Costs(product=product, dense=product * self.shape[1])

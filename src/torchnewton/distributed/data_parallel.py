@@ -13,16 +13,20 @@ import torch.distributed as dist
 from torch import Tensor
 
 from torchnewton import vectors
-from torchnewton.curvature import LinearOperator
+from torchnewton.curvature import LinearOperator, Shared, noise_parts, noise_scale
 from torchnewton.distributed.processes import ClosureError, Processes
 from torchnewton.distributed.reduced import Reduced, weighted
-from torchnewton.record import Closure, Tape, record
+from torchnewton.record import Closure, Objective, StreamedTape, Tape, record, tape_of
 from torchnewton.solvers import SolveResult, Status
 from torchnewton.vectors import Vector
 
 Result = TypeVar("Result")
-Mean = Callable[[list[Tensor]], list[Tensor]]
 Table = list[list[float]]
+
+_STREAMED = (
+    "process_group: the batches of tn.over are evaluated in one process. Give every rank a closure on its part of one "
+    "batch, or leave out process_group and DistributedDataParallel."
+)
 
 
 class DataParallel:
@@ -127,9 +131,17 @@ class Alone:
         return A
 
     @property
-    def mean(self) -> Mean | None:
+    def statistics(self) -> Shared | None:
         """How statistics become those of all samples: they are."""
         return None
+
+    def noise_scale(self, tape: Tape, generator: torch.Generator) -> float:
+        """See `torchnewton.curvature.noise_scale`."""
+        return noise_scale(tape, generator)
+
+    def largest(self, number: float) -> float:
+        """The number."""
+        return number
 
     def agreed(self, result: SolveResult, b: Sequence[Tensor]) -> SolveResult:
         """The result."""
@@ -205,11 +217,24 @@ class Share(Alone):
         return Reduced(A, self.processes, self.weight, self.fraction)
 
     @property
-    def mean(self) -> Mean | None:
-        """The mean of statistics over the samples of all ranks."""
-        if self.summed:
-            raise ValueError("Newton: a preconditioner over several ranks needs a loss that is a mean, not a sum.")
-        return self.reduced
+    def statistics(self) -> Shared | None:
+        """Σ wᵣLᵣ and the mean of the Rᵣ over the samples, in one message."""
+        return self._shared
+
+    def _shared(self, left: Vector, right: Vector) -> tuple[Vector, Vector]:
+        found = self.processes.sum([*weighted(left, self.weight), *weighted(right, self.fraction)])
+        return found[: len(left)], found[len(left) :]
+
+    def noise_scale(self, tape: Tape, generator: torch.Generator) -> float:
+        """That of all samples: with sᵣ, tᵣ of rank r and its fraction pᵣ of the samples Σ wᵣ²sᵣ/pᵣ / Σ wᵣtᵣ."""
+        squares, trace = noise_parts(tape, generator) if self.fraction else (0.0, 0.0)
+        rows = self.processes.table([self.weight**2 * squares / (self.fraction or 1.0), self.weight * trace])
+        squares, trace = (sum(column) for column in zip(*rows, strict=True))
+        return squares / trace if trace > 0 else 0.0
+
+    def largest(self, number: float) -> float:
+        """The largest of all ranks' numbers."""
+        return max(row[0] for row in self.processes.table([number]))
 
     @contextmanager
     def agreeing(self) -> Iterator[None]:
@@ -247,10 +272,12 @@ class Share(Alone):
 
 def record_share(
     closure: Closure, params: Sequence[Tensor], parallel: DataParallel | None, *, create_graph: bool = True
-) -> tuple[Tape, Alone]:
+) -> tuple[Tape | StreamedTape, Alone]:
     """Record a closure; without `parallel` a model under DistributedDataParallel tells its process group."""
 
     def run() -> Tape:
+        if isinstance(closure, Objective) and closure.is_streamed:
+            raise ValueError(_STREAMED)
         return record(closure, params, create_graph=create_graph)
 
     if parallel is not None:
@@ -260,9 +287,14 @@ def record_share(
                 "and give all ranks the same samples."
             )
         return Share.recorded(parallel, run)
-    tape = run()
+    tape = tape_of(closure, params, create_graph=create_graph)
     group = tape.buffers.process_group
-    return (tape, Alone()) if group is None else Share.recorded(DataParallel(group), lambda: tape)
+    if group is None:
+        return tape, Alone()
+    if isinstance(tape, StreamedTape):
+        tape.buffers.restore()
+        raise ValueError(_STREAMED)
+    return Share.recorded(DataParallel(group), lambda: tape)
 
 
 def num_samples(tape: Tape) -> float:

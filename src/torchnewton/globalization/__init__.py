@@ -7,6 +7,7 @@ from torchnewton.globalization.damping import (
     LearnsFromNewData,
     LevenbergMarquardt,
     ScheduledDamping,
+    Unit,
 )
 from torchnewton.globalization.line_search import Armijo, FullStep, LineSearch, SearchResult
 from torchnewton.globalization.trust_region import TrustRegion
@@ -23,4 +24,5 @@ __all__ = [
     "ScheduledDamping",
     "SearchResult",
     "TrustRegion",
+    "Unit",
 ]

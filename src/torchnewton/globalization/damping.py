@@ -5,16 +5,30 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import Enum
 from typing import Protocol, runtime_checkable
+
+
+class Unit(Enum):
+    """What the numbers of a rule are multiples of.
+
+    ABSOLUTE: λ itself. CURVATURE: gᵀAg / gᵀg at the first step. NOISE: the noise of the gradient relative to the
+    curvature, N‖∂f/∂z‖² / tr B, followed as it changes: see `torchnewton.curvature.noise_scale`. With the last two a
+    factor on the loss changes nothing.
+    """
+
+    ABSOLUTE = "absolute"
+    CURVATURE = "curvature"
+    NOISE = "noise"
 
 
 class Damping(Protocol):
     """A rule for λ.
 
     `damped_model` says whether the predicted reduction counts λ: −gᵀd − ½dᵀ(A + λI)d, or −gᵀd − ½dᵀAd. `full_step`
-    says whether the reduction ratio is taken at the full step or at the length the line search has chosen. With
-    `relative` the numbers of the rule are in units of gᵀAg / gᵀg at the first step. `search` are factors: λ times each
-    of them is tried in every step beside λ itself, and the one whose full step reaches the lowest objective is taken.
+    says whether the reduction ratio is taken at the full step or at the length the line search has chosen. `unit` is
+    what the numbers of the rule are multiples of. `search` are factors: λ times each of them is tried in every step
+    beside λ itself, and the one whose full step reaches the lowest objective is taken.
     """
 
     @property
@@ -33,8 +47,8 @@ class Damping(Protocol):
         ...
 
     @property
-    def relative(self) -> bool:
-        """Whether λ is in units of the first curvature along the gradient."""
+    def unit(self) -> Unit:
+        """What λ is a multiple of."""
         ...
 
     def start(self) -> float:
@@ -79,7 +93,7 @@ class LevenbergMarquardt:
     maximum: float = 1e10
     damped_model: bool = False
     full_step: bool = False
-    relative: bool = False
+    unit: Unit = Unit.ABSOLUTE
     search: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
@@ -131,7 +145,7 @@ class AutoDamping(LevenbergMarquardt):
     increase: float = 2.0
     decrease: float = 1.0 / 3.0
     minimum: float = 1e-12
-    relative: bool = True
+    unit: Unit = Unit.CURVATURE
     noise_limit: float = 0.03
 
     def update(self, damping: float, reduction_ratio: float, step_length: float, num_steps: int) -> float:
@@ -156,7 +170,7 @@ class ConstantDamping:
     value: float
     damped_model: bool = False
     full_step: bool = False
-    relative: bool = False
+    unit: Unit = Unit.ABSOLUTE
     search: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
@@ -183,7 +197,7 @@ class ScheduledDamping:
     schedule: Callable[[int], float]
     damped_model: bool = False
     full_step: bool = False
-    relative: bool = False
+    unit: Unit = Unit.ABSOLUTE
     search: tuple[float, ...] = ()
 
     def start(self) -> float:

@@ -34,7 +34,9 @@ class GeodesicAcceleration:
             ahead, behind = point.outputs(velocity, h), point.outputs(velocity, -h)
         except RecordError:  # the closure takes another course there
             return velocity
-        second = [(a - 2 * z.detach() + b) / h**2 for a, z, b in zip(ahead, point.tape.outputs, behind, strict=True)]
+        second = [
+            (a - 2 * z.detach() + b) / h**2 for a, z, b in zip(ahead, point.recorded.outputs, behind, strict=True)
+        ]
         acceleration = solve(vectors.scale(point.pull_back(second), -1.0))
         size = vectors.norm(acceleration)
         if not 2 * size <= self.limit * vectors.norm(velocity):

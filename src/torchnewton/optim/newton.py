@@ -15,14 +15,23 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from torchnewton import vectors
-from torchnewton.curvature import Diagonal, GaussNewton, LinearOperator, forward_flops
+from torchnewton.curvature import KFAC, Average, Diagonal, GaussNewton, LinearOperator, Shared
 from torchnewton.distributed import DataParallel, record_share
-from torchnewton.globalization import Armijo, AutoDamping, Damping, LearnsFromNewData, LineSearch, TrustRegion
+from torchnewton.globalization import Armijo, AutoDamping, Damping, LearnsFromNewData, LineSearch, TrustRegion, Unit
 from torchnewton.optim.acceleration import GeodesicAcceleration
 from torchnewton.optim.escape import SaddleEscape
 from torchnewton.optim.point import Point
+from torchnewton.optim.regime import EXACT, PLANE, RegimeChoice
 from torchnewton.optim.report import StepReport
-from torchnewton.record import Closure, RecordError, Tape, warn_about_rest
+from torchnewton.record import (
+    Closure,
+    Objective,
+    RecordError,
+    StreamedTape,
+    Tape,
+    same_random_numbers,
+    warn_about_rest,
+)
 from torchnewton.solvers import Auto, Operator, Solver, SolveResult, Status, UsesPreviousStep
 from torchnewton.vectors import Vector
 
@@ -32,8 +41,8 @@ Curvature = Callable[[Tape], LinearOperator]
 class Preconditioner(Protocol):
     """An approximation of (A + λI)⁻¹ with a memory."""
 
-    def update(self, tape: Tape, mean: Callable[[list[Tensor]], list[Tensor]] | None = None, /) -> None:
-        """Learn from the step's tape; once a step. `mean` averages statistics over the samples of all processes."""
+    def update(self, tape: Tape, shared: Shared | None = None, /) -> None:
+        """Learn from the step's tape; once a step. `shared` makes statistics those of all processes: see `Shared`."""
         ...
 
     def inverse(self, damping: float, /) -> Operator:
@@ -63,17 +72,24 @@ class Newton(Optimizer):
     The closure may call `zero_grad()` and `backward()` as for `torch.optim.LBFGS`; it need not. It is run again
     within a step at trial points, on the same random numbers and with BatchNorm statistics held.
 
+    Where none of curvature, solver, damping, preconditioner and trust_region is given, they come in two sets, and
+    `report.regime` says which has made the step. "exact": a factorization of G + λI, Levenberg-Marquardt, while that is
+    cheap and the steps help on the batches that follow, too. "plane" otherwise: Kronecker factors of earlier batches,
+    `KFAC`, turn the gradient; the exact model of this batch is minimized over that direction and the last step,
+    `Plane`; λ in units of the gradient's noise. See `RegimeChoice`.
+
     Args:
         params: parameters or parameter groups, as for every torch optimizer.
-        curvature: makes A from a tape; `GaussNewton`.
-        solver: solves for d; `Auto()` chooses between a factorization in the space of the parameters or of the
-            outputs and CG.
-        damping: the rule for λ; `AutoDamping()`.
+        curvature: makes A from a tape; `GaussNewton`, also where only others of these five are given.
+        solver: solves for d; likewise `Auto()`, which chooses between a factorization in the space of the parameters or
+            of the outputs and CG.
+        damping: the rule for λ; likewise `AutoDamping()`.
         line_search: chooses α; `Armijo()`.
         trust_region: chooses α within a radius that the optimizer remembers, instead of `line_search`; none.
         momentum: β of a running average of the gradients that takes the place of g.
         preconditioner: approximates (A + λI)⁻¹ for an iterative solver and remembers earlier steps, as `KFAC()`.
-        acceleration: a second-order correction of d, made where a factorization exists to be used again.
+        acceleration: a second-order correction of d, made where a factorization exists to be used again; the two
+            sets have their own.
         escape: the way out of a saddle, for a curvature that may be negative, with a `trust_region`; none.
         retries: how often a step that the line search refused is solved again in the same step with λ raised.
         weight_decay: w, see above; the only option a parameter group may set.
@@ -95,7 +111,7 @@ class Newton(Optimizer):
         self,
         params: Iterable[Any],
         *,
-        curvature: Curvature = GaussNewton,
+        curvature: Curvature | None = None,
         solver: Solver | None = None,
         damping: Damping | None = None,
         line_search: LineSearch | None = None,
@@ -118,7 +134,9 @@ class Newton(Optimizer):
         if escape is not None and trust_region is None:
             raise ValueError(f"{name}: escape={escape} goes as far as a radius allows: give a trust_region, too.")
         super().__init__(params, {"weight_decay": weight_decay})
-        self.curvature = curvature
+        free = curvature is None and solver is None and damping is None and preconditioner is None
+        self.choice = RegimeChoice() if free and trust_region is None else None
+        self.curvature: Curvature = GaussNewton if curvature is None else curvature
         self.solver: Solver = Auto() if solver is None else solver
         self.damping: Damping = AutoDamping() if damping is None else damping
         self.line_search: LineSearch = Armijo() if line_search is None else line_search
@@ -126,6 +144,7 @@ class Newton(Optimizer):
         self.escape = escape
         self.momentum = momentum
         self.preconditioner = preconditioner
+        self._running: Preconditioner | None = preconditioner if self.choice is None else KFAC()
         self.acceleration = acceleration
         self.retries = retries
         self.data_parallel = DataParallel.of(process_group)
@@ -146,16 +165,17 @@ class Newton(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """See `torch.optim.Optimizer.state_dict`; that of the preconditioner is in it."""
-        if self.preconditioner is not None:
-            self._memory["preconditioner"] = self.preconditioner.state_dict()
+        if self._running is not None:
+            self._memory["preconditioner"] = self._running.state_dict()
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """See `torch.optim.Optimizer.load_state_dict`."""
-        super().load_state_dict(state_dict)
-        kept = self._memory.pop("preconditioner", None)
-        if self.preconditioner is not None and kept is not None:
-            self.preconditioner.load_state_dict(kept)
+        states = {i: dict(state) for i, state in state_dict["state"].items()}
+        kept = [state.pop("preconditioner") for state in states.values() if "preconditioner" in state]
+        super().load_state_dict({**state_dict, "state": states})  # which casts tensors to the parameters' dtype
+        if self._running is not None and kept:
+            self._running.load_state_dict(kept[0])
 
     @torch.no_grad()
     def step(self, closure: Closure | None = None, curvature: Closure | None = None) -> Any:
@@ -173,21 +193,22 @@ class Newton(Optimizer):
             self.report.radius = self.radius
         with self._timed("record"):
             params, decays = [p for p, _ in pairs], [w for _, w in pairs]
-            create_graph = self._memory["products"]
+            create_graph = self._memory["products"] and curvature is None
             point = Point(closure, params, decays, create_graph=create_graph, parallel=self.data_parallel)
         self.data_parallel = point.share.parallel
         saved = {p: dict(self.state[p]) for group in self.param_groups for p in group["params"] if p in self.state}
+        running = None if self._running is None else self._running.state_dict()
         try:
             with point.share.agreeing():
                 self._check_repeatable(point)
                 failure = self._advance(point, curvature)
         except BaseException:
-            self._undo(point, saved)
+            self._undo(point, saved, running)
             raise
         finally:
             self.report.bytes_communicated, self.report.messages = point.share.spent()
         if failure:
-            self._undo(point, saved)
+            self._undo(point, saved, running)
             self._reject(failure)
         else:
             point.settle()
@@ -208,9 +229,10 @@ class Newton(Optimizer):
         average, gradient = self._averaged(point)
         with self._timed("search"):
             self._judge_on_new_data(point)
+        self._choose_regime(point)
         with self._timed("record"):
             A = self._operator(point, curvature)
-            self._find_scale(A, gradient)
+            self._find_scale(point, A, gradient)
         solver = self.solver_at(memory["step"])
         for _ in range(1 + self.retries):
             with self._timed("solve"):
@@ -225,20 +247,46 @@ class Newton(Optimizer):
             if report.accepted:
                 break
         report.gradient_equivalents += 1 + report.loss_evaluations / 3
-        report.gradient_equivalents += report.products * A.gradients_per_product
+        report.gradient_equivalents += _fraction_seen(point, curvature) * report.products * A.gradients_per_product
         memory["step"] += 1
         if self.momentum:
             for p, m in zip(point.params, average, strict=True):
                 self.state[p]["momentum"] = m
         return ""
 
-    def _find_scale(self, A: LinearOperator, gradient: Vector) -> None:
-        """At the first step, for a relative rule: the unit of λ is gᵀAg / gᵀg."""
-        memory = self._memory
-        if memory["scale"] is None and self.report.gradient_norm > 0:
+    def _choose_regime(self, point: Point) -> None:
+        """Without arguments: the parts of this step."""
+        if self.choice is None:
+            return
+        memory, trust = self._memory, self._memory["trust"]
+        before = memory["exact"]
+        if before is None:
+            memory["exact"] = self.choice.starts_exact(point.tape, point.share)
+        elif trust < self.choice.least_trust and self.choice.allows_plane(point.tape):
+            memory["exact"] = False
+        regime = EXACT if memory["exact"] else PLANE
+        self.report.regime = "exact" if memory["exact"] else "plane"
+        self.curvature, self.solver, self.damping = regime.curvature, regime.solver, regime.damping
+        self.acceleration = regime.acceleration
+        self.preconditioner = self._running if regime.preconditioned else None
+        if memory["exact"] != before:
+            memory.update(damping=self.damping.start(), scale=None, last=None)
+
+    def _find_scale(self, point: Point, A: LinearOperator, gradient: Vector) -> None:
+        """The unit of λ: of the curvature at the first step, of the noise as a running average."""
+        memory, unit = self._memory, self.damping.unit
+        if unit is Unit.ABSOLUTE:
+            memory["scale"] = 1.0
+        elif unit is Unit.CURVATURE and memory["scale"] is None and self.report.gradient_norm > 0:
             curvature = vectors.dot(gradient, A @ gradient) / vectors.dot(gradient, gradient)
             memory["scale"] = curvature if math.isfinite(curvature) and curvature > 0 else 1.0
             self.report.products += 1
+        elif unit is Unit.NOISE and (memory["scale"] is None or memory["step"] < 10 or memory["step"] % 10 == 0):
+            noise = point.share.noise_scale(point.recorded, torch.Generator().manual_seed(memory["step"]))
+            old = memory["scale"]
+            if not (math.isfinite(noise) and noise > 0):
+                noise = old or 1.0
+            memory["scale"] = noise if old is None else 0.7 * old + 0.3 * noise
 
     def _judge_on_new_data(self, point: Point) -> None:
         """Have the closure's data changed since the last step? Then: has that step helped on them, too?"""
@@ -254,6 +302,8 @@ class Newton(Optimizer):
         self.report.loss_evaluations += 1
         new_ratio = _ratio(before - point.value, predicted)
         memory["damping"] = self.damping.update_on_new_data(damping, ratio, step_length, new_ratio)
+        if self.choice is not None:
+            memory["trust"] = self.choice.trust(memory["trust"], new_ratio)
 
     def _previous_step(self, point: Point) -> Vector | None:
         """The last step that was made, where it moved the same parameters."""
@@ -272,11 +322,22 @@ class Newton(Optimizer):
 
     def _operator(self, point: Point, curvature: Closure | None) -> LinearOperator:
         """The curvature of the objective, from the step's own tape or from another closure's."""
-        tape, share = point.tape, point.share
-        if curvature is not None:
-            tape, share = record_share(curvature, point.params, self.data_parallel)
-            point.settled_by(tape)
-        A = share.operator(self.curvature(tape))
+        A: LinearOperator
+        tape: Tape | StreamedTape
+        objective = point.closure if curvature is None else curvature
+        if isinstance(objective, Objective) and objective.is_streamed and point.share.parallel is None:
+            same = point.tape.random_state if curvature is None else None
+            with same_random_numbers(same, [p.device for p in point.params]):
+                A = average = Average(objective, point.params, curvature=self.curvature)
+            tape = average.tape
+        else:
+            if curvature is None:
+                tape, share = point.recorded, point.share
+            else:
+                tape, share = record_share(curvature, point.params, self.data_parallel)
+                point.settled_by(tape)
+            assert isinstance(tape, Tape)  # for mypy: streamed with one process is above, with several refused
+            A = share.operator(self.curvature(tape))
         if tape.has_rest and not A.covers_whole_loss and not self._memory["warned"]:
             self._memory["warned"] = True
             warn_about_rest()
@@ -292,7 +353,7 @@ class Newton(Optimizer):
         rhs = point.tape.descent if gradient is point.tape.gradient else vectors.scale(gradient, -1.0)
         start = self._previous_step(point) if isinstance(solver, UsesPreviousStep) else None
         if self.preconditioner is not None:
-            self.preconditioner.update(point.tape, point.share.mean)
+            self.preconditioner.update(point.recorded, point.share.statistics)
         while True:
             damping = report.damping = memory["damping"] * memory["scale"]
             result = solver.solve(A + damping, rhs, start, self.inverse_at(gradient, damping))
@@ -309,7 +370,7 @@ class Newton(Optimizer):
         report.inner_iterations += result.num_iterations
         report.products += result.num_products
         report.loss_evaluations += result.num_evaluations
-        report.gradient_equivalents += result.flops / max(3 * forward_flops(point.tape), 1.0)
+        report.gradient_equivalents += result.flops / max(3 * point.tape.forward_flops, 1.0)
         memory["products"] = result.num_products > 0 and "kept" in report.jacobian
         chosen = self._best_iterate(point, self._best_damping(point, result))
         return chosen if chosen is result else point.share.agreed(chosen, rhs)
@@ -341,7 +402,7 @@ class Newton(Optimizer):
         damping, best, lowest = memory["damping"], result, self._value_of(point, result)
         for factor in self.damping.search:
             other = result.shifted(report.damping * (factor - 1))
-            report.gradient_equivalents += other.flops / max(3 * forward_flops(point.tape), 1.0)
+            report.gradient_equivalents += other.flops / max(3 * point.tape.forward_flops, 1.0)
             if (
                 other.status in (Status.CONVERGED, Status.MAX_ITERATIONS)
                 and (value := self._value_of(point, other)) < lowest
@@ -361,7 +422,7 @@ class Newton(Optimizer):
             return
         if not rule.damped_model:
             curved -= report.damping * vectors.dot(d, d)
-        if self.acceleration is not None and result.reuse is not None:
+        if self.acceleration is not None and result.reuse is not None and isinstance(point.tape, Tape):
             d = self.acceleration.corrected(point, d, result.reuse)
             report.loss_evaluations += 2
 
@@ -396,9 +457,11 @@ class Newton(Optimizer):
                 self.state[p]["last_step"] = x * found.step_length
         memory["damping"] = rule.update(memory["damping"], report.reduction_ratio, alpha, memory["step"] + 1)
 
-    def _undo(self, point: Point, saved: dict[Tensor, dict[str, Any]]) -> None:
+    def _undo(self, point: Point, saved: dict[Tensor, dict[str, Any]], running: dict[str, Any] | None) -> None:
         """Buffers and state as before the step; the parameters have not moved."""
         point.undo()
+        if self._running is not None and running is not None:
+            self._running.load_state_dict(running)
         for p, state in saved.items():
             self.state[p] = state
 
@@ -430,8 +493,8 @@ class Newton(Optimizer):
         """What the optimizer remembers between steps; kept, as in `torch.optim.LBFGS`, with the first parameter."""
         state: dict[str, Any] = self.state[self.param_groups[0]["params"][0]]
         if "damping" not in state:
-            scale = None if self.damping.relative else 1.0
-            state.update(step=0, damping=self.damping.start(), scale=scale, last=None)
+            scale = 1.0 if self.damping.unit is Unit.ABSOLUTE else None
+            state.update(step=0, damping=self.damping.start(), scale=scale, last=None, exact=None, trust=0.5)
             state.update(products=False, checked=False, warned=False)
             if self.trust_region is not None:
                 params = [p.detach() for group in self.param_groups for p in group["params"]]
@@ -445,6 +508,13 @@ class Newton(Optimizer):
             yield
         finally:
             self.report.seconds[part] = self.report.seconds.get(part, 0.0) + time.perf_counter() - start
+
+
+def _fraction_seen(point: Point, curvature: Closure | None) -> float:
+    """How many of the samples of the loss the curvature sees, where both are objectives that have been counted."""
+    if not (isinstance(point.closure, Objective) and isinstance(curvature, Objective)):
+        return 1.0
+    return (curvature.total_weight or 1.0) / (point.closure.total_weight or 1.0)
 
 
 def _ratio(actual: float, predicted: float) -> float:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from torchnewton import vectors
 from torchnewton.distributed import DataParallel, record_share
-from torchnewton.record import Closure, Tape, moved
+from torchnewton.record import Closure, RecordError, StreamedTape, Tape, moved
 from torchnewton.vectors import Vector
 
 
@@ -31,6 +31,7 @@ class Point:
     ) -> None:
         self.params = list(params)
         self.weight_decay = list(weight_decay)
+        self.closure = closure
         self.tape, self.share = record_share(closure, self.params, parallel, create_graph=create_graph)
         self._settled = [self.tape.buffers.renewed()]
         self.loss = self.share.total(lambda: float(self.tape.loss))
@@ -39,6 +40,16 @@ class Point:
             g if w == 0 else g + w * p.detach()
             for g, p, w in zip(self.share.reduced(self.tape.gradient), self.params, self.weight_decay, strict=True)
         ]
+
+    @property
+    def recorded(self) -> Tape:
+        """The tape with its graph, which a streamed objective does not keep."""
+        if isinstance(self.tape, StreamedTape):
+            raise RecordError(
+                "the preconditioner or second-order correction of this optimizer needs the graph of the whole loss, "
+                "which tn.over does not keep: leave it out (preconditioner=None), or give a closure on one batch."
+            )
+        return self.tape
 
     def _penalty(self) -> float:
         decayed = [(p.detach(), w) for p, w in zip(self.params, self.weight_decay, strict=True) if w]
@@ -57,13 +68,13 @@ class Point:
     def outputs(self, direction: Sequence[Tensor], step_length: float) -> list[Tensor]:
         """The outputs z at θ + αd."""
         with moved(self.params, direction, step_length):
-            return self.share.everywhere(self.tape.evaluate_outputs)
+            return self.share.everywhere(self.recorded.evaluate_outputs)
 
     def pull_back(self, u: Sequence[Tensor]) -> Vector:
         """JᵀBu."""
         total = vectors.zeros_like(self.params)
         start = 0
-        for term in self.tape.terms:
+        for term in self.recorded.terms:
             stop = start + len(term.outputs)
             vectors.add_(total, term.jacobian_adjoint(term.hessian_product(u[start:stop])))
             start = stop
@@ -78,7 +89,7 @@ class Point:
         for snapshot in self._settled:
             snapshot.restore()
 
-    def settled_by(self, tape: Tape) -> None:
+    def settled_by(self, tape: Tape | StreamedTape) -> None:
         """Buffers that another recorded run has moved are put back, too."""
         self._settled.append(tape.buffers)
 

@@ -31,6 +31,7 @@ class StepReport:
     inner_iterations: int = 0
     accepted: bool = False
     status: str = ""
+    regime: str = ""
     solver: str = ""
     jacobian: str = ""
     loss_evaluations: int = 0

@@ -1,23 +1,34 @@
 """Closure → tape: what a run of the user's unchanged closure tells."""
 
 from torchnewton.record.errors import RecordError
+from torchnewton.record.over import Objective, Progress, Weights, over
 from torchnewton.record.recorder import LayerCall, outputs
-from torchnewton.record.replay import Closure, moved
+from torchnewton.record.replay import BufferSnapshot, Closure, RandomState, moved, same_random_numbers
 from torchnewton.record.samples import NotPerSampleError, PerSample
+from torchnewton.record.stream import StreamedTape, tape_of
 from torchnewton.record.tape import Tape, record
 from torchnewton.record.term import Piece, Term, warn_about_rest
 
 __all__ = [
+    "BufferSnapshot",
     "Closure",
     "LayerCall",
     "NotPerSampleError",
+    "Objective",
     "PerSample",
     "Piece",
+    "Progress",
+    "RandomState",
     "RecordError",
+    "StreamedTape",
     "Tape",
     "Term",
+    "Weights",
     "moved",
     "outputs",
+    "over",
     "record",
+    "same_random_numbers",
+    "tape_of",
     "warn_about_rest",
 ]

@@ -69,6 +69,12 @@ class LayerCall:
         used = {id(p) for p in self.parameters}
         return next((t for t in self.tensors if id(t) not in used), None)
 
+    @property
+    def flops(self) -> float:
+        """Operations of its matrix product: 2 · output entries · fan-in."""
+        weights = [p for p in self.parameters if p.dim() >= 2]
+        return sum(2.0 * self.output_shape.numel() * (p.numel() // max(p.shape[0], 1)) for p in weights)
+
     def __call__(self, tensors: Sequence[Tensor]) -> Tensor:
         """The same call with other tensors in the place of `self.tensors`."""
         parts = iter(tensors)

@@ -130,14 +130,18 @@ class BufferSnapshot:
 
 
 @contextmanager
-def scratch_buffers() -> Iterator[None]:
+def scratch_buffers(needed: bool = True) -> Iterator[None]:
     """Let modules called inside work on copies of their buffers.
 
     The buffers themselves are not written to: a recorded graph may need them as they are. So DistributedDataParallel,
-    which would copy those of rank 0 into them before every forward pass, leaves that out.
+    which would copy those of rank 0 into them before every forward pass, leaves that out. Where the recorded run has
+    met none, they are not `needed`, and looking for them costs a call a module.
     """
     originals: Buffers = {}
     synchronized: list[DistributedDataParallel] = []
+    if not needed:
+        yield
+        return
 
     def swap(module: nn.Module) -> None:
         if isinstance(module, DistributedDataParallel) and module.require_forward_param_sync:

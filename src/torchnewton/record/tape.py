@@ -84,6 +84,11 @@ class Tape:
         return list(u[start : start + len(self.terms[number].outputs)])
 
     @property
+    def forward_flops(self) -> float:
+        """Operations of a forward pass: 2 · output entries · fan-in for each call of a layer with a weight."""
+        return sum(call.flops for call in self.layer_calls)
+
+    @property
     def has_rest(self) -> bool:
         """Whether part of the loss reaches the parameters beside the outputs."""
         return any(term.rest for term in self.terms)
@@ -100,11 +105,8 @@ class Tape:
 
     def evaluate(self) -> float:
         """f at the parameters' present values, on the same random numbers, leaving no trace."""
-        watcher = Watcher()
-        returned = self._replay(watcher)
-        if watcher.backward_values:
-            return float(torch.stack(watcher.backward_values).sum())
-        return float(returned.detach() if isinstance(returned, Tensor) else returned)
+        has_buffers = bool(self.buffers.saved)
+        return evaluated(self.closure, self.params, self.differentiates_parameters, self.random_state, has_buffers)
 
     def evaluate_outputs(self) -> list[Tensor]:
         """The outputs z at the parameters' present values, likewise."""
@@ -139,19 +141,52 @@ class Tape:
         return [again[edge] for term in self.terms for edge in term.edges]
 
     def _replay(self, watcher: Watcher) -> Any:
-        """Run the closure under `watcher`; buffers, gradients and random state are put back."""
-        still = kept_gradients if self.differentiates_parameters else without_graph
-        with (
-            warnings.catch_warnings(),
-            torch.enable_grad(),
-            still(self.params),
-            same_random_numbers(self.random_state, [p.device for p in self.params]),
-            scratch_buffers(),
-            differentiable_kernels(),
+        return _replayed(
             watcher,
-        ):
-            warnings.simplefilter("ignore")  # the recorded run has shown them
-            return self.closure()
+            self.closure,
+            self.params,
+            self.differentiates_parameters,
+            self.random_state,
+            bool(self.buffers.saved),
+        )
+
+
+def _replayed(
+    watcher: Watcher,
+    closure: Closure,
+    params: Sequence[Tensor],
+    differentiates_parameters: bool,
+    random_state: RandomState | None,
+    has_buffers: bool = True,
+) -> Any:
+    """Run the closure under `watcher`; buffers, gradients and random state are put back."""
+    still = kept_gradients if differentiates_parameters else without_graph
+    with (
+        warnings.catch_warnings(),
+        torch.enable_grad(),
+        still(params),
+        same_random_numbers(random_state, [p.device for p in params]),
+        scratch_buffers(has_buffers),
+        differentiable_kernels(),
+        watcher,
+    ):
+        warnings.simplefilter("ignore")  # the recorded run has shown them
+        return closure()
+
+
+def evaluated(
+    closure: Closure,
+    params: Sequence[Tensor],
+    differentiates_parameters: bool,
+    random_state: RandomState | None = None,
+    has_buffers: bool = True,
+) -> float:
+    """The objective of a closure, leaving no trace."""
+    watcher = Watcher()
+    returned = _replayed(watcher, closure, params, differentiates_parameters, random_state, has_buffers)
+    if watcher.backward_values:
+        return float(torch.stack(watcher.backward_values).sum())
+    return float(returned.detach() if isinstance(returned, Tensor) else returned)
 
 
 def record(closure: Closure, params: Sequence[Tensor], *, create_graph: bool = True) -> Tape:

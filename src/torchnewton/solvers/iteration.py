@@ -88,9 +88,10 @@ def ratio(a: float, b: float, like: Sequence[Tensor]) -> float:
 
 def combine(vectors: Sequence[Sequence[Tensor]], coefficients: Tensor) -> Vector:
     """Σ cᵢvᵢ."""
-    total = zeros_like(vectors[0])
-    for v, c in zip(vectors, coefficients.tolist(), strict=True):
-        add_(total, scale(v, c))
+    first, *others = coefficients.tolist()
+    total = scale(vectors[0], first)
+    for v, c in zip(vectors[1:], others, strict=True):
+        add_(total, v, c)
     return total
 
 

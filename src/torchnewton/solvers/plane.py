@@ -26,7 +26,7 @@ class KnowsQuadraticForm(Protocol):
 
 @dataclass(frozen=True)
 class PlaneResult:
-    """The minimizer x = Σ cᵢdᵢ and −q(c).
+    """The minimizer x = Σ cᵢdᵢ, −q(c), and the curvature xᵀAx = cᵀ(DᵀAD)c.
 
     `negative_curvature` is a unit vector p of the span with pᵀAp < 0 and gᵀp ≤ 0: the model has no minimum then, and
     x is that over the directions of positive curvature.
@@ -35,6 +35,7 @@ class PlaneResult:
     solution: Vector
     coefficients: list[float]
     predicted_reduction: float
+    curvature: float
     status: Status
     num_products: float = 0
     negative_curvature: Vector | None = None
@@ -86,7 +87,7 @@ class Plane:
             num_products=found.num_products,
             negative_curvature=found.negative_curvature,
             method=f"plane of {len(directions)} directions",
-            curvature=2 * (dot(b, found.solution) - found.predicted_reduction),
+            curvature=found.curvature,
         )
 
     @property
@@ -121,14 +122,15 @@ class Plane:
         g = torch.tensor([dot(gradient, d) for d in directions], dtype=torch.float64)
         gram = inner_products(directions, directions)
         if not is_finite([C, g, gram]):
-            return PlaneResult(zeros_like(gradient), [0.0] * k, 0.0, Status.NOT_FINITE, num_products)
+            return PlaneResult(zeros_like(gradient), [0.0] * k, 0.0, 0.0, Status.NOT_FINITE, num_products)
         c, p = minimize_in_span(g, C, gram, torch.finfo(gradient[0].dtype).eps, self.rtol)
-        reduction, x = -float(g @ c + 0.5 * c @ C @ c), combine(directions, c)
+        curvature, x = float(c @ C @ c), combine(directions, c)
+        reduction = -float(g @ c) - 0.5 * curvature
         if not (math.isfinite(reduction) and is_finite(x)):
-            return PlaneResult(zeros_like(gradient), [0.0] * k, 0.0, Status.NOT_FINITE, num_products)
+            return PlaneResult(zeros_like(gradient), [0.0] * k, 0.0, 0.0, Status.NOT_FINITE, num_products)
         negative = None if p is None else combine(directions, p)
         status = Status.CONVERGED if negative is None else Status.NEGATIVE_CURVATURE
-        return PlaneResult(x, c.tolist(), reduction, status, num_products, negative)
+        return PlaneResult(x, c.tolist(), reduction, curvature, status, num_products, negative)
 
 
 def minimize_in_span(

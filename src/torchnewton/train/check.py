@@ -59,7 +59,7 @@ class Subject:
 def check(run: Run) -> Iterator[Row]:
     """The rows of a pre-flight, as they are found. It ends with a few steps: `run` is used up."""
     x, y = next_batch(run)
-    subject = _in_float64(run.model, x, y)
+    subject = _in_float64(run.model, x, y, run.data.loss)
     for part in (_determinism, _slopes, _products, _gauss_newton, _layers):
         yield from _guarded(part, subject)
     yield from _costs(run, x, y)
@@ -73,7 +73,7 @@ def _guarded(part: Callable[[Subject], Iterator[Row]], subject: Subject) -> Iter
         yield Row(part.__name__.strip("_").replace("_", " "), str(error).split("\n")[0], False)
 
 
-def _in_float64(model: nn.Module, x: Tensor, y: Tensor) -> Subject:
+def _in_float64(model: nn.Module, x: Tensor, y: Tensor, kind: str) -> Subject:
     exact = copy.deepcopy(model).double()
     x, y = (t.double() if t.is_floating_point() else t for t in (x, y))
     params: list[Tensor] = [p for p in exact.parameters() if p.requires_grad]
@@ -81,7 +81,7 @@ def _in_float64(model: nn.Module, x: Tensor, y: Tensor) -> Subject:
     directions = [
         [torch.randn(p.shape, generator=generator, dtype=p.dtype).to(p.device) for p in params] for _ in range(PROBES)
     ]
-    return Subject(lambda: loss_function(exact(x), y), params, directions)
+    return Subject(lambda: loss_function(exact(x), y, kind), params, directions)
 
 
 def _recorded(subject: Subject) -> Tape:
@@ -161,9 +161,9 @@ def _costs(run: Run, x: Tensor, y: Tensor) -> Iterator[Row]:
     size = sum(p.numel() * p.element_size() for p in params)
 
     def gradient() -> Any:
-        return torch.autograd.grad(loss_function(run.model(x), y), params, allow_unused=True)
+        return torch.autograd.grad(loss_function(run.model(x), y, run.data.loss), params, allow_unused=True)
 
-    graph = _graph_bytes(lambda: loss_function(run.model(x), y))
+    graph = _graph_bytes(lambda: loss_function(run.model(x), y, run.data.loss))
     count = f"{vectors.num_entries(params):,} parameters, batch {len(x)}"
     yield Row("size", count)
     yield Row("memory of the parameters", _bytes(size))
@@ -175,7 +175,7 @@ def _costs(run: Run, x: Tensor, y: Tensor) -> Iterator[Row]:
     step = times[STEPS // 2]
     steps = f"{1e3 * step:.3g} ms, {step / seconds:.3g} gradients"
     yield Row("time of a step", steps)
-    yield Row("time of a pass over the data", f"{step * run.steps_per_epoch:.3g} s in {run.steps_per_epoch} steps")
+    yield Row("time of a pass over the data", f"{step * run.batches_per_epoch:.3g} s in {run.batches_per_epoch} steps")
     yield Row("loss after the steps is a number", f"{run.loss:.4g}", bool(torch.isfinite(torch.tensor(run.loss))))
 
 

@@ -71,6 +71,7 @@ class RunFolder:
     """Reads and writes one run's files."""
 
     path: Path
+    BEST = "best.pt"  # the model that was best on the validation set
     FILES = ("config.json", "metrics.jsonl", "checkpoint.pt", "curves.png")
     SPECTRUM_FILES = ("spectrum.json", "spectrum.png", "spectrum.svg")  # of `torchnewton spectrum`
 
@@ -94,6 +95,10 @@ class RunFolder:
     def save(self, run: Run) -> None:
         """Writes the checkpoint."""
         write_atomically(self.path / "checkpoint.pt", lambda p: torch.save(run.state_dict(), p))
+
+    def save_best(self, run: Run) -> None:
+        """Writes the model as it is, for `model.load_state_dict`."""
+        write_atomically(self.path / self.BEST, lambda p: torch.save(run.model.state_dict(), p))
 
     def draw(self, plot: Callable[[Path], object]) -> None:
         """Writes the curves."""
@@ -124,6 +129,9 @@ class Nowhere(RunFolder):
         """Nothing."""
 
     def save(self, run: Run) -> None:
+        """Nothing."""
+
+    def save_best(self, run: Run) -> None:
         """Nothing."""
 
     def draw(self, plot: Callable[[Path], object]) -> None:

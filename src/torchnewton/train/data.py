@@ -6,7 +6,7 @@ import gzip
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from torchnewton.train import cifar
 from torchnewton.train.errors import UsageError
 
 SPLIT_SEED = 0  # splits and noise belong to the task, not to the run's seed
@@ -28,7 +29,8 @@ class Dataset:
     """A task: training and test tensors, and what is to be predicted.
 
     Inputs are images `(N, C, H, W)`, features `(N, features)` or character numbers `(N, window)`; targets are
-    class numbers `(N,)`, values `(N, 1)` or next characters `(N, window)`. `num_classes` is 0 for regression.
+    class numbers `(N,)`, values `(N, 1)` or next characters `(N, window)`. `num_classes` is 0 for regression. `loss` is
+    one of `torchnewton.train.loop.LOSSES`.
     """
 
     name: str
@@ -38,6 +40,9 @@ class Dataset:
     x_test: Tensor
     y_test: Tensor
     num_classes: int = 0
+    x_validation: Tensor | None = None
+    y_validation: Tensor | None = None
+    loss: str = "auto"
 
     @property
     def is_image(self) -> bool:
@@ -51,13 +56,9 @@ class Dataset:
 
     def to(self, device: torch.device) -> Dataset:
         """The same task with its tensors on `device`."""
-        return replace(
-            self,
-            x_train=self.x_train.to(device),
-            y_train=self.y_train.to(device),
-            x_test=self.x_test.to(device),
-            y_test=self.y_test.to(device),
-        )
+        names = [f.name for f in fields(self) if f.name[:2] in ("x_", "y_")]
+        there: dict[str, Any] = {n: getattr(self, n).to(device) for n in names if getattr(self, n) is not None}
+        return replace(self, **there)
 
 
 def load(spec: str, data_dir: Path) -> Dataset:
@@ -67,6 +68,8 @@ def load(spec: str, data_dir: Path) -> Dataset:
         UsageError: if the name is unknown or a file is missing or broken.
     """
     name, _, argument = spec.partition(":")
+    if spec == "cifar10-npz":  # its name when it read nothing else
+        name = "cifar10"
     if name == "sine" and (not argument or _is_positive(argument)):
         return _sine(float(argument or 10))
     if name in _FROM_FILE and argument:
@@ -165,25 +168,23 @@ def _idx_images(name: str, data_dir: Path) -> Dataset:
 
 
 def _cifar10(data_dir: Path) -> Dataset:
-    """Every .npz with `x_train` `(N, 32, 32, 3)`, `y_train`; without `x_test` the last eighth is held out."""
+    """The python batches (data_batch_1 … test_batch), or else every .npz: see `torchnewton.train.cifar`."""
+    batches = cifar.find_batches([data_dir / "cifar-10-batches-py", data_dir / "cifar10", data_dir])
+    if batches is not None:
+        parts = []
+        for file in (*batches[0], batches[1]):
+            with _reading(file, "a CIFAR-10 batch"):
+                parts.append(cifar.read_batch(file))
+        x, y = (np.concatenate([part[i] for part in parts[:-1]]) for i in (0, 1))
+        return _classes("cifar10", x, y, *parts[-1])
     files = sorted((data_dir / "cifar10").glob("*.npz")) or sorted(data_dir.glob("cifar10*.npz"))
     if not files:
         raise UsageError(
-            "The cifar10 files are missing: put .npz files with x_train (N×32×32×3, uint8) and y_train "
-            f"into {data_dir / 'cifar10'}, or give --data-dir."
+            "The cifar10 files are missing: put the python batches (data_batch_1 to data_batch_5, test_batch), or .npz "
+            f"files with x_train (N×32×32×3, uint8) and y_train, into {data_dir / 'cifar10'}, or give --data-dir."
         )
-    parts: dict[str, list[Array]] = {"x_train": [], "y_train": [], "x_test": [], "y_test": []}
-    for file in files:
-        with _reading(file, "an .npz file with arrays x_train and y_train"), np.load(file) as arrays:
-            for key, part in parts.items():
-                if key in arrays or key.endswith("_train"):
-                    value = arrays[key]
-                    part.append(value.transpose(0, 3, 1, 2) / np.float32(255) if key[0] == "x" else value)
-    x, y = np.concatenate(parts["x_train"]), np.concatenate(parts["y_train"])
-    if parts["x_test"]:
-        return _classes("cifar10", x, y, np.concatenate(parts["x_test"]), np.concatenate(parts["y_test"]))
-    cut = len(x) - len(x) // 8
-    return _classes("cifar10", x[:cut], y[:cut], x[cut:], y[cut:])
+    with _reading(files[0], "an .npz file with arrays x_train and y_train"):
+        return _classes("cifar10", *cifar.read_npz(files))
 
 
 # Tasks from a file of the user
@@ -248,7 +249,7 @@ _STANDARD: dict[str, Callable[[Path], Dataset]] = {
     "digits": _digits,
     "mnist": lambda data_dir: _idx_images("mnist", data_dir),
     "fashion-mnist": lambda data_dir: _idx_images("fashion-mnist", data_dir),
-    "cifar10-npz": _cifar10,
+    "cifar10": _cifar10,
 }
 _FROM_FILE: dict[str, Callable[[Path], Dataset]] = {"libsvm": _libsvm, "table": _table, "text": _text}
 NAMES = [*_STANDARD, "sine", "sine:FREQUENCY", *(f"{name}:FILE" for name in _FROM_FILE)]

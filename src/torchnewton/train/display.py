@@ -44,6 +44,7 @@ class Display:
             disable=not console.is_terminal,
         )
         self.task = self.progress.add_task("", total=1.0)
+        self.inner = self.progress.add_task("", visible=False)
 
     def __enter__(self) -> Self:
         self._print(("epoch", "step", "train loss", f"test {self.metric}", "λ", "ρ", "inner", "work", "CPU s"), "bold")
@@ -52,6 +53,11 @@ class Display:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.progress.stop()
+
+    def show_progress(self, stage: str, number: int, count: int | None) -> None:
+        """Updates the line of a pass over the data within a step."""
+        description = f"{stage}, batch {number} of {count}"
+        self.progress.update(self.inner, completed=number, total=count, description=description, visible=True)
 
     def show_step(self, run: Run) -> None:
         """Updates the live line."""
@@ -62,6 +68,7 @@ class Display:
         if report:
             damping, ratio = number(report.damping, 2), number(report.reduction_ratio, 2)
             text += f"  λ {damping}  ρ {ratio}  inner {report.inner_iterations}"
+        self.progress.update(self.inner, visible=False)
         self.progress.update(self.task, completed=min(1.0, self.budget.used(run)), description=text)
 
     def show_record(self, record: Record) -> None:
@@ -86,9 +93,12 @@ def summary(run: Run, status: str) -> Table:
     last, name = run.history[-1], run.data.metric
     best = (max if name == "accuracy" else min)(r.metric for r in run.history)
     table = Table(title=f"{status} after {last.epoch:.4g} epochs", title_justify="left", show_header=False)
+    held = run.best
+    chosen = ((f"test {name} of the best on validation", metric(held.metric, name)),) if held else ()
     for label, value in (
         (f"test {name}", metric(last.metric, name)),
         (f"best test {name}", metric(best, name)),
+        *chosen,
         ("train loss", number(last.train_loss)),
         ("steps", str(run.step)),
         (

@@ -26,6 +26,13 @@ COLOURS = {
     "sgd": "#e0a100",
     "lbfgs": "#2b8a3e",
     "muon": "#c2255c",
+    "newton-krylov": "#0c8599",
+    "newton-krylov-complex-step": "#66a3b0",
+    "newton-cg": "#5c7cfa",
+    "hessian-free": "#343a40",
+    "entropy-sgd": "#8f5e2b",
+    "dc-asgd": "#868e96",
+    "worker-secant": "#12715b",
 }
 STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",

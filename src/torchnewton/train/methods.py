@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from torchnewton.curvature import ComplexStepHessian
-from torchnewton.optim import SGN, HessianFree, Newton, NewtonCG, NewtonKrylov
+from torchnewton.optim import DCASGD, SGN, EntropySGD, HessianFree, Newton, NewtonCG, NewtonKrylov, WorkerSecant
 from torchnewton.train.data import Dataset
 from torchnewton.train.errors import UsageError, choose
 
@@ -22,17 +22,17 @@ class Method:
     make: Callable[[nn.Module, float], torch.optim.Optimizer]
     default_lr: float | None = None
     rates: tuple[float, ...] = ()
-    small_batch: int = 64  # below 2,000 training samples
-    large_batch: int = 128
-    regression_batch: int | None = None
+    batch: Callable[[int], int] = lambda n: 64 if n < 2000 else 128  # for n samples
+    text_batch: int | None = None  # windows of text
     epochs: int = 30
+    subset: float | None = None  # of the data for the curvature of a step on all data
 
 
-def make_optimizer(name: str, model: nn.Module, lr: float | None) -> torch.optim.Optimizer:
+def make_optimizer(name: str, model: nn.Module, lr: float | None, weight_decay: float = 0.0) -> torch.optim.Optimizer:
     """The optimizer of method `name` on `model`; `lr` is for the methods that have a rate.
 
     Raises:
-        UsageError: if the name is unknown or the method has no rate to set.
+        UsageError: if the name is unknown or the method has no rate or weight decay to set.
     """
     method = METHODS[choose("method", name, NAMES)]
     if lr is not None and method.default_lr is None:
@@ -40,15 +40,23 @@ def make_optimizer(name: str, model: nn.Module, lr: float | None) -> torch.optim
         raise UsageError(f"--lr is for {with_rate}: {name} has no rate to set.")
     if name == "muon" and not hasattr(torch.optim, "Muon"):
         raise UsageError("--method muon needs PyTorch 2.9 or newer.")
-    return method.make(model, lr or method.default_lr or 1.0)
+    optimizer = method.make(model, lr or method.default_lr or 1.0)
+    for group in optimizer.param_groups if weight_decay else ():
+        if "weight_decay" not in group:
+            raise UsageError(f"--C is no option of {name}, which has no weight decay.")
+        group["weight_decay"] = weight_decay
+    return optimizer
 
 
 def default_batch_size(name: str, data: Dataset) -> int:
     """The batch a method is usually run with: small for first order, larger for Newton, all for L-BFGS."""
     method, n = METHODS[choose("method", name, NAMES)], len(data.x_train)
-    if data.kind == "regression" and method.regression_batch is not None:
-        return min(n, method.regression_batch)
-    return min(n, method.small_batch if n < 2000 else method.large_batch)
+    size = method.batch(n) if data.kind != "text" or method.text_batch is None else method.text_batch
+    return min(n, size)
+
+
+def _tenth(n: int) -> int:
+    return min(max(n // 10, 250), 1000)
 
 
 class Muon(torch.optim.Optimizer):
@@ -96,25 +104,20 @@ _ADAM_RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 METHODS = {
     "newton": Method(
         lambda model, lr: Newton(model.parameters()),
-        small_batch=256,
-        large_batch=1000,
-        regression_batch=250,
+        batch=_tenth,
+        text_batch=64,
         epochs=12,
     ),
-    "sgn": Method(lambda model, lr: SGN(model.parameters()), small_batch=256, large_batch=1000, epochs=12),
-    "newton-krylov": Method(
-        lambda model, lr: NewtonKrylov(model.parameters()), small_batch=256, large_batch=1000, epochs=12
-    ),
+    "sgn": Method(lambda model, lr: SGN(model.parameters()), batch=_tenth, text_batch=64, epochs=12),
+    "newton-krylov": Method(lambda model, lr: NewtonKrylov(model.parameters()), batch=_tenth, text_batch=64, epochs=12),
     "newton-krylov-complex-step": Method(
         lambda model, lr: NewtonKrylov(model.parameters(), curvature=ComplexStepHessian.of),
-        small_batch=256,
-        large_batch=1000,
+        batch=_tenth,
+        text_batch=64,
         epochs=12,
     ),
-    "newton-cg": Method(lambda model, lr: NewtonCG(model.parameters()), small_batch=256, large_batch=1000, epochs=12),
-    "hessian-free": Method(
-        lambda model, lr: HessianFree(model.parameters()), small_batch=256, large_batch=1000, epochs=12
-    ),
+    "newton-cg": Method(lambda model, lr: NewtonCG(model.parameters()), batch=lambda n: 1024, epochs=100, subset=0.05),
+    "hessian-free": Method(lambda model, lr: HessianFree(model.parameters()), batch=_tenth, text_batch=64, epochs=12),
     "adam": Method(lambda model, lr: torch.optim.Adam(model.parameters(), lr=lr), 1e-3, _ADAM_RATES),
     "sgd": Method(
         lambda model, lr: torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9),
@@ -123,10 +126,20 @@ METHODS = {
     ),
     "lbfgs": Method(
         lambda model, lr: torch.optim.LBFGS(model.parameters(), lr=1.0, line_search_fn="strong_wolfe"),
-        small_batch=10_000,
-        large_batch=10_000,
+        batch=lambda n: 10_000,
         epochs=10,
     ),
     "muon": Method(Muon, 3e-3, _ADAM_RATES),
+    "dc-asgd": Method(
+        lambda model, lr: DCASGD(model.parameters(), lr=lr, adaptive=True, delay=4), 0.01, (0.003, 0.01, 0.03, 0.1, 0.3)
+    ),
+    "worker-secant": Method(
+        lambda model, lr: WorkerSecant(model.parameters(), lr=lr, local_steps=4, num_workers=4),
+        0.1,
+        (0.01, 0.03, 0.1, 0.3, 1.0),
+    ),
+    "entropy-sgd": Method(
+        lambda model, lr: EntropySGD(model.parameters(), inner_lr=lr), 0.01, (0.001, 0.003, 0.01, 0.03, 0.1)
+    ),
 }
 NAMES = list(METHODS)

@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from torchnewton.train import simplenn
 from torchnewton.train.data import Dataset
 from torchnewton.train.errors import UsageError, choose
 
-NAMES = ["auto", "cnn", "lenet", "mlp", "sigmoid-mlp", "linear", "transformer"]
+NAMES = ["auto", "cnn", "lenet", *simplenn.NAMES, "mlp", "sigmoid-mlp", "linear", "transformer"]
 
 
 def build(spec: str, data: Dataset) -> nn.Module:
@@ -26,10 +27,16 @@ def build(spec: str, data: Dataset) -> nn.Module:
     name = spec.partition(":")[0]
     if (name == "transformer") != (data.kind == "text"):
         raise UsageError(f"--model {name} does not fit {data.name}: transformer is the model for text.")
-    if name in ("cnn", "lenet") and not data.is_image:
-        raise UsageError(f"--model {name} needs images, and {data.name} has none: choose mlp or linear.")
-    if name == "lenet" and data.x_train.shape[-1] < 16:
-        raise UsageError(f"--model lenet needs images of 16×16 pixels or more: choose cnn for {data.name}.")
+    if name in _SMALLEST_IMAGE:
+        if not data.is_image:
+            raise UsageError(f"--model {name} needs images, and {data.name} has none: choose mlp or linear.")
+        least = _SMALLEST_IMAGE[name]
+        if min(data.x_train.shape[-2:]) < least:
+            raise UsageError(
+                f"--model {name} needs images of {least}×{least} pixels or more: choose cnn for {data.name}."
+            )
+    if name in simplenn.NAMES:
+        return simplenn.network(name, data.x_train.shape[1:], outputs(data))
     if name in ("mlp", "sigmoid-mlp", "linear"):
         return _mlp(data, _hidden(spec), sigmoid=name == "sigmoid-mlp")
     return _BUILDERS[name](data)
@@ -53,6 +60,7 @@ def outputs(data: Dataset) -> int:
     return data.num_classes or data.y_train.shape[-1]
 
 
+_SMALLEST_IMAGE = {"cnn": 2, "lenet": 16, **{name: simplenn.smallest_image(name) for name in simplenn.NAMES}}
 _SIZES = {"mlp": "64-64", "sigmoid-mlp": "20-20-20"}
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from torchnewton.optim import Newton
 from torchnewton.train import data as tasks
 from torchnewton.train import models
 from torchnewton.train.checkpoint import Nowhere, RunFolder, check_free, free_name, new_folder
@@ -24,6 +25,7 @@ from torchnewton.train.errors import UsageError
 from torchnewton.train.figures import plot_run
 from torchnewton.train.loop import Budget, Run, train
 from torchnewton.train.methods import METHODS, default_batch_size, make_optimizer
+from torchnewton.train.prepare import prepared
 from torchnewton.train.ranks import is_launched, is_restarted, join
 
 
@@ -47,14 +49,28 @@ class Settings:
     device: str = "cpu"
     threads: int = 1
     until_loss: float | None = None
+    loss: str = "auto"
+    C: float | None = None
+    subset: float | None = None
+    samples: int | None = None
+    test_samples: int | None = None
+    validation: float | None = None
+    center: bool = False
     ranks: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("lr", "batch_size", "epochs", "seconds", "threads", "until_loss", "ranks"):
+        sizes = ("batch_size", "epochs", "threads", "samples", "test_samples", "ranks")
+        for name in ("lr", "seconds", "until_loss", "C", *sizes):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 option = name.replace("_", "-")
                 raise UsageError(f"--{option} is {value}: it has to be a positive number.")
+        for name, high in (("subset", 1.0), ("validation", 0.9)):
+            value = getattr(self, name)
+            if value is not None and not 0 < value <= high:
+                raise UsageError(f"--{name} is {value}: it has to be above 0 and at most {high:g}.")
+        if self.ranks > 1 and (self.subset or (self.method in METHODS and METHODS[self.method].subset)):
+            raise UsageError("--ranks is for steps on batches, not for --subset and newton-cg, which take all data.")
         if not 0 <= self.seed < 2**63:
             raise UsageError(f"--seed is {self.seed}: it has to be a whole number from 0 to 2⁶³ − 1.")
         if self.epochs and self.seconds:
@@ -68,20 +84,41 @@ class Settings:
         return Budget(epochs=self.epochs or METHODS[self.method].epochs, loss=self.until_loss)
 
 
+OF_THE_DATA = ("data", "data_dir", "device", "samples", "test_samples", "validation", "center", "loss")
+
+
 def make_run(settings: Settings, data: tasks.Dataset | None = None) -> tuple[Settings, Run]:
-    """Builds a run at its start, and the settings with defaults filled in; `data` saves reading it again."""
+    """Builds a run at its start, and the settings with defaults filled in; `data` saves preparing it again."""
     ranks = join(settings.device)
     device = _device(settings.device)
     torch.set_num_threads(settings.threads)
-    data = data or tasks.load(settings.data, Path(settings.data_dir)).to(device)
+    if data is None:
+        data = prepared(
+            tasks.load(settings.data, Path(settings.data_dir)).to(device),
+            settings.samples,
+            settings.test_samples,
+            settings.validation,
+            settings.center,
+            settings.loss,
+        )
     torch.manual_seed(settings.seed)
     model = models.build(settings.model, data).to(device)
-    optimizer = make_optimizer(settings.method, model, settings.lr)
+    weight_decay = 1 / (settings.C * len(data.x_train)) if settings.C else 0.0
+    optimizer = make_optimizer(settings.method, model, settings.lr, weight_decay)
     ranks.give(optimizer, settings.method)
+    subset = settings.subset or METHODS[settings.method].subset
+    if subset is not None and not isinstance(optimizer, Newton):
+        raise UsageError(f"--subset is for Newton methods: {settings.method} takes no curvature.")
     batch_size = min(settings.batch_size or default_batch_size(settings.method, data), len(data.x_train))
     generator = torch.Generator().manual_seed(settings.seed)
-    full = replace(settings, model=models.resolve(settings.model, data), batch_size=batch_size, ranks=ranks.size)
-    return full, Run(data, model, optimizer, batch_size, generator, ranks=ranks)
+    full = replace(
+        settings,
+        model=models.resolve(settings.model, data),
+        batch_size=batch_size,
+        subset=subset,
+        ranks=ranks.size,
+    )
+    return full, Run(data, model, optimizer, batch_size, generator, ranks=ranks, subset=subset)
 
 
 def _device(name: str) -> torch.device:
@@ -124,7 +161,7 @@ def train_new(settings: Settings, out: str | None, overwrite: bool, console: Con
         return _train_in(Nowhere(Path()), full, run, Console(quiet=True))
     stem = f"{run.data.name}-{full.model.replace(':', '-')}-{full.method}"
     folder = RunFolder(Path(out) if out is not None else free_name(stem))
-    new_folder(folder.path, overwrite, (*folder.FILES, *folder.SPECTRUM_FILES))
+    new_folder(folder.path, overwrite, (*folder.FILES, folder.BEST, *folder.SPECTRUM_FILES))
     data_dir = str(Path(full.data_dir).resolve())
     stored = asdict(replace(full, data=tasks.absolute(full.data), data_dir=data_dir))
     folder.write_config({"settings": stored, "about": describe(run)})
@@ -177,6 +214,10 @@ def _train_in(folder: RunFolder, settings: Settings, run: Run, console: Console)
             display.show_record(run.history[-1])
             folder.append(run.history[-1])
             folder.save(run)
+            if run.best is run.history[-1]:
+                folder.save_best(run)
+
+        run.progress = display.show_progress
 
         status = train(run, settings.budget, on_step, on_record)
         folder.save(run)
@@ -188,12 +229,15 @@ def _train_in(folder: RunFolder, settings: Settings, run: Run, console: Console)
     if settings.until_loss is not None and status == "finished":
         missed = f"The training loss did not reach {settings.until_loss:g}: give more --epochs or --seconds."
         console.print(missed, highlight=False, soft_wrap=True)
-    console.print(f"Saved in {folder.path}: {', '.join(folder.FILES)}", soft_wrap=True)
+    files = (*folder.FILES, folder.BEST) if run.best else folder.FILES
+    console.print(f"Saved in {folder.path}: {', '.join(files)}", soft_wrap=True)
     return 0
 
 
 def _headline(settings: Settings, run: Run) -> str:
     lr = f", lr {settings.lr:g}" if settings.lr else ""
+    if settings.subset:
+        lr += f", curvature of {settings.subset:.3g} of them"
     parameters = sum(p.numel() for p in run.model.parameters())
     spread = f", {run.ranks.size} ranks" if run.ranks.size > 1 else ""
     return (

@@ -18,7 +18,7 @@ from torchnewton.train import data as tasks
 from torchnewton.train.checkpoint import RunFolder
 from torchnewton.train.errors import UsageError, choose
 from torchnewton.train.loop import Run, loss_function
-from torchnewton.train.runs import Settings, describe, make_run, stored_settings
+from torchnewton.train.runs import OF_THE_DATA, Settings, describe, make_run, stored_settings
 from torchnewton.vectors import norm
 
 BATCH = 1000  # samples whose graph is kept at once
@@ -96,11 +96,11 @@ def look_at(
     Raises:
         UsageError: if a folder holds no run, or its model has no finite loss or no curvature.
     """
-    loaded: dict[tuple[str, ...], tasks.Dataset] = {}
+    loaded: dict[tuple[object, ...], tasks.Dataset] = {}
     runs = []
     for folder in folders:
         _, settings = stored_settings(RunFolder(folder))
-        key = (settings.data, settings.data_dir, settings.device)
+        key = tuple(getattr(settings, name) for name in OF_THE_DATA)
         settings, run = make_run(settings, loaded.get(key))
         loaded[key] = run.data
         RunFolder(folder).load_state(run)
@@ -131,7 +131,7 @@ def _look(
     A = Average(
         list(zip(x.split(BATCH), y.split(BATCH), strict=True)),
         [p for p in model.parameters() if p.requires_grad],
-        lambda batch: loss_function(model(batch[0]), batch[1]),
+        lambda batch: loss_function(model(batch[0]), batch[1], run.data.loss),
         curvature=CURVATURES[question.curvature],
     )
     loss, gradient_norm = float(A.loss), norm(A.gradient)

@@ -12,7 +12,7 @@ from torchnewton import vectors
 from torchnewton.costs import Costs
 from torchnewton.curvature.complex_step.real import recorded
 from torchnewton.curvature.complex_step.run import WAY_OUT, Outcome, run_closure
-from torchnewton.curvature.cost_model import CALL, forward_flops
+from torchnewton.curvature.cost_model import CALL
 from torchnewton.curvature.operator import LinearOperator
 from torchnewton.record import Closure, RecordError, Tape
 from torchnewton.vectors import Vector
@@ -67,7 +67,7 @@ class ComplexStepHessian(LinearOperator):
         self.gradient = [g.detach().clone() for g in tape.gradient]
         self._values = [p.detach().clone() for p in params]
         self._random_state = tape.random_state
-        self._flops, self._calls = forward_flops(tape), 12 * CALL * len(tape.layer_calls)
+        self._flops, self._calls = tape.forward_flops, 12 * CALL * len(tape.layer_calls)
         self._check_itself()
 
     @classmethod

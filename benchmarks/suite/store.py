@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 import torchnewton
-from benchmarks.measure import Point
-from benchmarks.tasks import Task
+from benchmarks.suite.measure import Point
+from benchmarks.suite.task import Task
 
 
 @dataclass(frozen=True)
