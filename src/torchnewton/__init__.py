@@ -21,7 +21,7 @@ from torchnewton.curvature import (
     complex_step_rule,
     directional_derivative,
 )
-from torchnewton.distributed import ParameterServer, ServerConnection
+from torchnewton.distributed import DataParallel, Diagonalized, ParameterServer, Quorum, RankError, ServerConnection
 from torchnewton.globalization import (
     Armijo,
     AutoDamping,
@@ -36,8 +36,10 @@ from torchnewton.optim import (
     DCASGD,
     SGN,
     DCASGDWorker,
+    DistributedNewton,
     EntropySGD,
     GeodesicAcceleration,
+    HessianFree,
     Newton,
     NewtonCG,
     NewtonKrylov,
@@ -50,6 +52,7 @@ from torchnewton.record import RecordError, Tape, outputs, over, record
 from torchnewton.solvers import (
     CG,
     MINRES,
+    AlongNegativeCurvature,
     Auto,
     BiCGSTAB,
     BlockDiagonal,
@@ -65,6 +68,7 @@ from torchnewton.solvers import (
     Status,
     SteihaugCG,
     UntilDisturbed,
+    WarmStart,
 )
 
 __all__ = [
@@ -73,6 +77,7 @@ __all__ = [
     "KFAC",
     "MINRES",
     "SGN",
+    "AlongNegativeCurvature",
     "Armijo",
     "Auto",
     "AutoDamping",
@@ -85,8 +90,11 @@ __all__ = [
     "ComplexStepHessian",
     "ConstantDamping",
     "DCASGDWorker",
+    "DataParallel",
+    "Diagonalized",
     "DifferenceJacobian",
     "Direct",
+    "DistributedNewton",
     "Dual",
     "EmpiricalFisher",
     "EntropySGD",
@@ -98,6 +106,7 @@ __all__ = [
     "Gram",
     "Halves",
     "Hessian",
+    "HessianFree",
     "Jacobi",
     "Jacobian",
     "Lanczos",
@@ -111,6 +120,8 @@ __all__ = [
     "Nystrom",
     "ParameterServer",
     "Plane",
+    "Quorum",
+    "RankError",
     "RecordError",
     "SaddleEscape",
     "ScheduledDamping",
@@ -125,6 +136,7 @@ __all__ = [
     "TrustRegion",
     "Unit",
     "UntilDisturbed",
+    "WarmStart",
     "WorkerSecant",
     "complex_step_rule",
     "directional_derivative",

@@ -27,8 +27,9 @@ try:
     from torchnewton.train.models import NAMES as MODELS
     from torchnewton.train.page import FILES, title, write_page
     from torchnewton.train.prepare import LOSSES
+    from torchnewton.train.ranks import RESTARTS, is_launched, launch
     from torchnewton.train.recipes import RECIPES, with_recipe
-    from torchnewton.train.runs import Settings, make_run, train_new, train_resumed
+    from torchnewton.train.runs import Settings, make_run, stored_settings, train_new, train_resumed
     from torchnewton.train.spectrum import CURVATURES, Question, look_at
     from torchnewton.train.spectrum_report import HEADERS as SPECTRUM_HEADERS
     from torchnewton.train.spectrum_report import how, write
@@ -79,6 +80,7 @@ def train_command(
     test_samples: Annotated[int | None, typer.Option(help="The first so many for the test.")] = None,
     validation: Annotated[float | None, typer.Option(help="Part of the training set to choose best.pt by.")] = None,
     center: Annotated[bool, typer.Option(help="Subtract the mean training input, of images for each pixel.")] = False,
+    ranks: Annotated[int, typer.Option(help="Processes, each with its part of every batch.", min=1)] = Settings.ranks,
     out: Out = None,
     overwrite: Overwrite = False,
     resume: Annotated[str | None, typer.Option(help="Folder of a run to continue.", metavar="FOLDER")] = None,
@@ -92,6 +94,9 @@ def train_command(
                 raise UsageError(
                     f"--{option} cannot change in a resumed run: only --epochs, --seconds and --until-loss can."
                 )
+        ranks = stored_settings(RunFolder(Path(resume)))[1].ranks
+        if ranks > 1 and not is_launched():
+            return launch(sys.argv[1:], ranks, RESTARTS)
         return train_resumed(resume, epochs, seconds, until_loss, _console())
     settings = Settings(
         data,
@@ -113,8 +118,15 @@ def train_command(
         test_samples,
         validation,
         center,
+        ranks,
     )
-    return train_new(settings if recipe is None else with_recipe(recipe, settings, given), out, overwrite, _console())
+    if recipe is not None:
+        settings = with_recipe(recipe, settings, given)
+    if ranks > 1 and not is_launched():
+        if out is not None:
+            check_free(Path(out), overwrite)
+        return launch(sys.argv[1:], ranks, RESTARTS if out is not None else 0)
+    return train_new(settings, out, overwrite, _console())
 
 
 @app.command("compare")

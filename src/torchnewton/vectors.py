@@ -6,20 +6,61 @@ The solvers and the step loop use these few functions only, so that one place de
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 Vector: TypeAlias = list[Tensor]
+Agreement: TypeAlias = Callable[[Tensor], Tensor]
+
+_AGREEMENT: ContextVar[Agreement | None] = ContextVar("agreement", default=None)
+
+
+@contextmanager
+def agreeing(agreement: Agreement | None) -> Iterator[None]:
+    """Let `dot` and `max_abs` inside the block give what `agreement` makes of the number this process has found.
+
+    Processes that hold copies of the same vectors may find numbers that differ by rounding, and would then part ways at
+    a comparison: here they come to one number. None is for vectors that concern this process alone.
+    """
+    token = _AGREEMENT.set(agreement)
+    try:
+        yield
+    finally:
+        _AGREEMENT.reset(token)
+
+
+def is_distributed(x: Tensor) -> bool:
+    """Whether x is a DTensor, of which this process may hold a part only."""
+    return hasattr(x, "full_tensor")
+
+
+def _whole(number: Tensor) -> Tensor:
+    """A number that is a DTensor, summed over the processes."""
+    found: Tensor = number.full_tensor() if is_distributed(number) else number  # type: ignore[attr-defined]
+    return found
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    if is_distributed(a) or is_distributed(b):
+        return _whole((a * b).sum())  # a flat view would gather a tensor that is cut along another dimension
+    return torch.dot(a.reshape(-1), b.reshape(-1))
+
+
+def _agreed(number: Tensor) -> float:
+    agreement = _AGREEMENT.get()
+    return float(number if agreement is None else agreement(number))
 
 
 def dot(x: Sequence[Tensor], y: Sequence[Tensor]) -> float:
     """⟨x, y⟩, summed over all tensors (0 for empty lists)."""
     if not x:
         return 0.0
-    return float(torch.stack([torch.dot(a.reshape(-1), b.reshape(-1)) for a, b in zip(x, y, strict=True)]).sum())
+    return _agreed(torch.stack([_dot(a, b) for a, b in zip(x, y, strict=True)]).sum())
 
 
 def inner_products(D: Sequence[Sequence[Tensor]], E: Sequence[Sequence[Tensor]]) -> Tensor:
@@ -38,7 +79,7 @@ def norm(x: Sequence[Tensor]) -> float:
 
 def max_abs(x: Sequence[Tensor]) -> float:
     """‖x‖_∞."""
-    return float(torch.stack([a.abs().max() for a in x if a.numel()]).max())
+    return _agreed(torch.stack([_whole(a.abs().max()) for a in x if a.numel()]).max())
 
 
 def add(x: Sequence[Tensor], y: Sequence[Tensor], alpha: float = 1.0) -> Vector:
@@ -69,7 +110,7 @@ def zeros_like(x: Sequence[Tensor]) -> Vector:
 
 def is_finite(x: Sequence[Tensor]) -> bool:
     """True when no entry is NaN or infinite: one pass for the sums, a closer look only where one of them is not."""
-    return all(math.isfinite(float(a.sum())) or bool(torch.isfinite(a).all()) for a in x)
+    return all(math.isfinite(float(_whole(a.sum()))) or bool(_whole(torch.isfinite(a).all())) for a in x)
 
 
 def num_entries(x: Sequence[Tensor]) -> int:

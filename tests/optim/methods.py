@@ -25,6 +25,8 @@ METHODS: dict[str, Callable[..., tn.Newton]] = {
     "newton-krylov": tn.NewtonKrylov,
     "newton-krylov-halves": partial(tn.NewtonKrylov, disagreement=1.0),
     "published-newton-cg": tn.NewtonCG,
+    "hessian-free": tn.HessianFree,
+    "martens": partial(tn.HessianFree, curvature=tn.GaussNewton),
     "sgn": tn.SGN,
     "sgn-momentum": partial(tn.SGN, momentum=0.5, preconditioner_exponent=0.75, max_iterations=3),
 }

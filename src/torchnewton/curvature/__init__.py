@@ -12,9 +12,9 @@ from torchnewton.curvature.gram import Gram
 from torchnewton.curvature.halves import Halves
 from torchnewton.curvature.hessian import Hessian
 from torchnewton.curvature.jacobian import Jacobian
-from torchnewton.curvature.kfac import KFAC
+from torchnewton.curvature.kfac import KFAC, Shared
 from torchnewton.curvature.layer_jacobian import LayerJacobian
-from torchnewton.curvature.noise import noise_scale
+from torchnewton.curvature.noise import noise_parts, noise_scale
 from torchnewton.curvature.operator import Diagonal, LinearOperator
 
 __all__ = [
@@ -37,7 +37,9 @@ __all__ = [
     "Jacobian",
     "LayerJacobian",
     "LinearOperator",
+    "Shared",
     "complex_step_rule",
     "directional_derivative",
+    "noise_parts",
     "noise_scale",
 ]

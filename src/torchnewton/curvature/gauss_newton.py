@@ -16,7 +16,7 @@ from torchnewton.curvature.jacobian import Jacobian
 from torchnewton.curvature.layer_jacobian import LayerJacobian
 from torchnewton.curvature.operator import LinearOperator
 from torchnewton.record import NotPerSampleError, Tape
-from torchnewton.vectors import Vector, inner_products, symmetric_product
+from torchnewton.vectors import Vector, inner_products, is_distributed, symmetric_product
 
 
 class GaussNewton(LinearOperator):
@@ -24,6 +24,8 @@ class GaussNewton(LinearOperator):
 
     Without `jacobian` the products are made by kept double backward, or, where so many are expected that it pays, by
     explicit layer factors; `path` says which.
+
+    Parameters that are DTensors have products alone.
 
     Shapes: P×P with P parameters; `G @ v` takes and gives a vector like the parameters.
     Cost: a product 4/3 of a gradient by the count of matrix products, 2/3 with layer factors; nothing for B.
@@ -43,8 +45,8 @@ class GaussNewton(LinearOperator):
         super().__init__(tape.params, tape.params, is_symmetric=True, is_positive_semidefinite=convex)
         self.tape = tape
         self.jacobian = Jacobian(tape) if jacobian is None else jacobian
-        self.per_sample = per_sample
-        self._chooses = jacobian is None and per_sample
+        self.per_sample = per_sample and not any(is_distributed(p) for p in tape.params)
+        self._chooses = jacobian is None and self.per_sample
 
     def apply(self, v: Sequence[Tensor]) -> Vector:
         """J'(B(Jv))."""

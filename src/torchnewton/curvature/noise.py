@@ -21,6 +21,12 @@ def noise_scale(tape: Tape, generator: torch.Generator | None = None) -> float:
     tr B is estimated by one product with random signs, exact for a diagonal B. Cost: no pass through the network.
     0 where the loss has no split or no curvature.
     """
+    squares, trace = noise_parts(tape, generator)
+    return squares / trace if trace > 0 else 0.0
+
+
+def noise_parts(tape: Tape, generator: torch.Generator | None = None) -> tuple[float, float]:
+    """Σ N‖∂f/∂z‖² and tr B, the two parts of κ."""
     squares = trace = 0.0
     for term in tape.terms:
         u = [x.detach() for x in term.cotangents]
@@ -28,7 +34,7 @@ def noise_scale(tape: Tape, generator: torch.Generator | None = None) -> float:
         curved = term.hessian_product(signs)
         squares += _num_samples(term) * sum(float(x.square().sum()) for x in u)
         trace += sum(float((x * y).sum()) for x, y in zip(signs, curved, strict=True))
-    return squares / trace if trace > 0 else 0.0
+    return squares, trace
 
 
 def _num_samples(term: Term) -> int:

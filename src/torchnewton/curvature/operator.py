@@ -175,6 +175,10 @@ class LinearOperator(ABC):
 
         return Blocks(self, groups)
 
+    def own(self) -> LinearOperator:
+        """A as the samples of this process alone have it; A itself, unless several processes share the samples."""
+        return self
+
     def to_scipy(self) -> Any:
         """A as `scipy.sparse.linalg.LinearOperator`: see `scipy_operator`."""
         return scipy_operator(self)
@@ -237,6 +241,10 @@ class Shifted(LinearOperator):
         form, num_products = self.base.quadratic_form(directions)
         return form + self.shift * vectors.inner_products(directions, directions), num_products
 
+    def own(self) -> LinearOperator:
+        """That of A, shifted."""
+        return Shifted(self.base.own(), self.shift)
+
     def costs(self, num_products: int = 1) -> Costs:
         """Those of A: the shift costs nothing."""
         return self.base.costs(num_products)
@@ -280,6 +288,10 @@ class Scaled(LinearOperator):
         self.base = base
         self.factor = factor
 
+    def own(self) -> LinearOperator:
+        """That of A, scaled."""
+        return Scaled(self.base.own(), self.factor)
+
     def apply(self, v: Sequence[Tensor]) -> Vector:
         """See `LinearOperator.apply`."""
         return vectors.scale(self.base.apply(v), self.factor)
@@ -319,6 +331,10 @@ class Sum(LinearOperator):
         )
         self.first = first
         self.second = second
+
+    def own(self) -> LinearOperator:
+        """The sum of the two."""
+        return Sum(self.first.own(), self.second.own())
 
     def apply(self, v: Sequence[Tensor]) -> Vector:
         """See `LinearOperator.apply`."""

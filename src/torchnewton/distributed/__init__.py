@@ -1,6 +1,27 @@
-"""What talks to other processes: a parameter server and the exchange between workers."""
+"""Several processes: arguments for the parts of a Newton step, and what other methods exchange."""
 
+from torchnewton.distributed.data_parallel import Alone, DataParallel, Share, record_share
+from torchnewton.distributed.diagonalized import Diagonalized, Quorum
 from torchnewton.distributed.parameter_server import ParameterServer, ServerConnection
+from torchnewton.distributed.partition import DiagonalBlock, Partition
+from torchnewton.distributed.processes import Processes, RankError
+from torchnewton.distributed.reduced import Reduced
 from torchnewton.distributed.workers import Workers, find_workers
 
-__all__ = ["ParameterServer", "ServerConnection", "Workers", "find_workers"]
+__all__ = [
+    "Alone",
+    "DataParallel",
+    "DiagonalBlock",
+    "Diagonalized",
+    "ParameterServer",
+    "Partition",
+    "Processes",
+    "Quorum",
+    "RankError",
+    "Reduced",
+    "ServerConnection",
+    "Share",
+    "Workers",
+    "find_workers",
+    "record_share",
+]

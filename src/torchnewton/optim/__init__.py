@@ -2,8 +2,10 @@
 
 from torchnewton.optim.acceleration import GeodesicAcceleration
 from torchnewton.optim.dcasgd import DCASGD, DCASGDWorker
+from torchnewton.optim.distributed_newton import DistributedNewton
 from torchnewton.optim.entropy_sgd import EntropySGD
 from torchnewton.optim.escape import SaddleEscape
+from torchnewton.optim.hessian_free import HessianFree
 from torchnewton.optim.newton import Newton
 from torchnewton.optim.newton_cg import NewtonCG
 from torchnewton.optim.newton_krylov import NewtonKrylov
@@ -16,8 +18,10 @@ __all__ = [
     "DCASGD",
     "SGN",
     "DCASGDWorker",
+    "DistributedNewton",
     "EntropySGD",
     "GeodesicAcceleration",
+    "HessianFree",
     "Newton",
     "NewtonCG",
     "NewtonKrylov",

@@ -6,14 +6,17 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
 from torchnewton import vectors
-from torchnewton.curvature import KFAC, Average, Diagonal, GaussNewton, LinearOperator, noise_scale
+from torchnewton.curvature import KFAC, Average, Diagonal, GaussNewton, LinearOperator, Shared
+from torchnewton.distributed import DataParallel, record_share
 from torchnewton.globalization import Armijo, AutoDamping, Damping, LearnsFromNewData, LineSearch, TrustRegion, Unit
 from torchnewton.optim.acceleration import GeodesicAcceleration
 from torchnewton.optim.escape import SaddleEscape
@@ -26,7 +29,6 @@ from torchnewton.record import (
     RecordError,
     StreamedTape,
     Tape,
-    record,
     same_random_numbers,
     warn_about_rest,
 )
@@ -39,8 +41,8 @@ Curvature = Callable[[Tape], LinearOperator]
 class Preconditioner(Protocol):
     """An approximation of (A + λI)⁻¹ with a memory."""
 
-    def update(self, tape: Tape, /) -> None:
-        """Learn from the step's tape; once a step."""
+    def update(self, tape: Tape, shared: Shared | None = None, /) -> None:
+        """Learn from the step's tape; once a step. `shared` makes statistics those of all processes: see `Shared`."""
         ...
 
     def inverse(self, damping: float, /) -> Operator:
@@ -91,6 +93,9 @@ class Newton(Optimizer):
         escape: the way out of a saddle, for a curvature that may be negative, with a `trust_region`; none.
         retries: how often a step that the line search refused is solved again in the same step with λ raised.
         weight_decay: w, see above; the only option a parameter group may set.
+        process_group: the processes over which the samples are spread, or a `DataParallel` that says more; f is then
+            the mean over the samples of all, and every process makes the same step. A closure whose model is under
+            `DistributedDataParallel` needs no such argument.
 
     A step whose loss, gradient, product or direction is not finite is rejected: parameters and buffers stay as they
     were, bit for bit, λ is raised, and `report.status` says why.
@@ -117,6 +122,7 @@ class Newton(Optimizer):
         escape: SaddleEscape | None = None,
         retries: int = 0,
         weight_decay: float = 0.0,
+        process_group: DataParallel | dist.ProcessGroup | None = None,
     ) -> None:
         name = type(self).__name__
         if not weight_decay >= 0:
@@ -141,6 +147,7 @@ class Newton(Optimizer):
         self._running: Preconditioner | None = preconditioner if self.choice is None else KFAC()
         self.acceleration = acceleration
         self.retries = retries
+        self.data_parallel = DataParallel.of(process_group)
         self.report = StepReport()
 
     @property
@@ -185,16 +192,21 @@ class Newton(Optimizer):
         if self.trust_region is not None:
             self.report.radius = self.radius
         with self._timed("record"):
+            params, decays = [p for p, _ in pairs], [w for _, w in pairs]
             create_graph = self._memory["products"] and curvature is None
-            point = Point(closure, [p for p, _ in pairs], [w for _, w in pairs], create_graph=create_graph)
+            point = Point(closure, params, decays, create_graph=create_graph, parallel=self.data_parallel)
+        self.data_parallel = point.share.parallel
         saved = {p: dict(self.state[p]) for group in self.param_groups for p in group["params"] if p in self.state}
         running = None if self._running is None else self._running.state_dict()
         try:
-            self._check_repeatable(point)
-            failure = self._advance(point, curvature)
+            with point.share.agreeing():
+                self._check_repeatable(point)
+                failure = self._advance(point, curvature)
         except BaseException:
             self._undo(point, saved, running)
             raise
+        finally:
+            self.report.bytes_communicated, self.report.messages = point.share.spent()
         if failure:
             self._undo(point, saved, running)
             self._reject(failure)
@@ -235,7 +247,7 @@ class Newton(Optimizer):
             if report.accepted:
                 break
         report.gradient_equivalents += 1 + report.loss_evaluations / 3
-        report.gradient_equivalents += _share(point, curvature) * report.products * A.gradients_per_product
+        report.gradient_equivalents += _fraction_seen(point, curvature) * report.products * A.gradients_per_product
         memory["step"] += 1
         if self.momentum:
             for p, m in zip(point.params, average, strict=True):
@@ -249,8 +261,8 @@ class Newton(Optimizer):
         memory, trust = self._memory, self._memory["trust"]
         before = memory["exact"]
         if before is None:
-            memory["exact"] = self.choice.starts_exact(point.tape)
-        elif trust < self.choice.least_trust and isinstance(point.tape, Tape):
+            memory["exact"] = self.choice.starts_exact(point.tape, point.share)
+        elif trust < self.choice.least_trust and self.choice.allows_plane(point.tape):
             memory["exact"] = False
         regime = EXACT if memory["exact"] else PLANE
         self.report.regime = "exact" if memory["exact"] else "plane"
@@ -270,7 +282,7 @@ class Newton(Optimizer):
             memory["scale"] = curvature if math.isfinite(curvature) and curvature > 0 else 1.0
             self.report.products += 1
         elif unit is Unit.NOISE and (memory["scale"] is None or memory["step"] < 10 or memory["step"] % 10 == 0):
-            noise = noise_scale(point.recorded, torch.Generator().manual_seed(memory["step"]))
+            noise = point.share.noise_scale(point.recorded, torch.Generator().manual_seed(memory["step"]))
             old = memory["scale"]
             if not (math.isfinite(noise) and noise > 0):
                 noise = old or 1.0
@@ -313,16 +325,19 @@ class Newton(Optimizer):
         A: LinearOperator
         tape: Tape | StreamedTape
         objective = point.closure if curvature is None else curvature
-        if isinstance(objective, Objective) and objective.is_streamed:
+        if isinstance(objective, Objective) and objective.is_streamed and point.share.parallel is None:
             same = point.tape.random_state if curvature is None else None
             with same_random_numbers(same, [p.device for p in point.params]):
                 A = average = Average(objective, point.params, curvature=self.curvature)
             tape = average.tape
         else:
-            tape = point.recorded if curvature is None else record(curvature, point.params)
-            if curvature is not None:
+            if curvature is None:
+                tape, share = point.recorded, point.share
+            else:
+                tape, share = record_share(curvature, point.params, self.data_parallel)
                 point.settled_by(tape)
-            A = self.curvature(tape)
+            assert isinstance(tape, Tape)  # for mypy: streamed with one process is above, with several refused
+            A = share.operator(self.curvature(tape))
         if tape.has_rest and not A.covers_whole_loss and not self._memory["warned"]:
             self._memory["warned"] = True
             warn_about_rest()
@@ -338,16 +353,18 @@ class Newton(Optimizer):
         rhs = point.tape.descent if gradient is point.tape.gradient else vectors.scale(gradient, -1.0)
         start = self._previous_step(point) if isinstance(solver, UsesPreviousStep) else None
         if self.preconditioner is not None:
-            self.preconditioner.update(point.recorded)
+            self.preconditioner.update(point.recorded, point.share.statistics)
         while True:
             damping = report.damping = memory["damping"] * memory["scale"]
             result = solver.solve(A + damping, rhs, start, self.inverse_at(gradient, damping))
+            result = point.share.agreed(result, rhs)
             raised = self.damping.raised(memory["damping"])
             if result.status is not Status.NOT_POSITIVE_DEFINITE or raised <= memory["damping"]:
                 break
             memory["damping"] = raised
         if self.escape is not None and result.status is not Status.NOT_FINITE:
-            result = self.escape.better(result, A + damping, gradient, point.value, self.radius, memory["step"])
+            better = self.escape.better(result, A + damping, gradient, point.value, self.radius, memory["step"])
+            result = result if better is result else point.share.agreed(better, rhs)
         report.solver, report.jacobian = result.method, A.path if result.num_products else ""
         report.status = result.status.value
         report.inner_iterations += result.num_iterations
@@ -355,24 +372,41 @@ class Newton(Optimizer):
         report.loss_evaluations += result.num_evaluations
         report.gradient_equivalents += result.flops / max(3 * point.tape.forward_flops, 1.0)
         memory["products"] = result.num_products > 0 and "kept" in report.jacobian
-        return self._best_damping(point, result)
+        chosen = self._best_iterate(point, self._best_damping(point, result))
+        return chosen if chosen is result else point.share.agreed(chosen, rhs)
+
+    def _value_of(self, point: Point, result: SolveResult) -> float:
+        """The objective after the full step, infinite where it is not finite."""
+        self.report.loss_evaluations += 1
+        value = point.evaluate(result.solution, 1.0)
+        return value if math.isfinite(value) else math.inf
+
+    def _best_iterate(self, point: Point, result: SolveResult) -> SolveResult:
+        """For a solver that keeps its iterates: back to earlier ones as long as the objective falls."""
+        if not result.iterates or result.status is Status.NOT_FINITE:
+            return result
+        best, lowest = result, self._value_of(point, result)
+        for x, curvature in reversed(result.iterates):
+            earlier = replace(result, solution=x, residual=None, residual_norm=math.nan, curvature=curvature)
+            value = self._value_of(point, earlier)
+            if lowest < math.inf and not value < lowest:
+                break
+            best, lowest = earlier, value
+        return best
 
     def _best_damping(self, point: Point, result: SolveResult) -> SolveResult:
         """For a rule that searches: the λ among several whose full step reaches the lowest objective."""
         report, memory = self.report, self._memory
         if not self.damping.search or result.shifted is None or result.status is Status.NOT_FINITE:
             return result
-
-        def value_of(candidate: SolveResult) -> float:
-            report.loss_evaluations += 1
-            value = point.evaluate(candidate.solution, 1.0)
-            return value if math.isfinite(value) else math.inf
-
-        damping, best, lowest = memory["damping"], result, value_of(result)
+        damping, best, lowest = memory["damping"], result, self._value_of(point, result)
         for factor in self.damping.search:
             other = result.shifted(report.damping * (factor - 1))
             report.gradient_equivalents += other.flops / max(3 * point.tape.forward_flops, 1.0)
-            if other.status in (Status.CONVERGED, Status.MAX_ITERATIONS) and (value := value_of(other)) < lowest:
+            if (
+                other.status in (Status.CONVERGED, Status.MAX_ITERATIONS)
+                and (value := self._value_of(point, other)) < lowest
+            ):
                 best, lowest, memory["damping"] = other, value, damping * factor
         report.damping = memory["damping"] * memory["scale"]
         return best
@@ -443,7 +477,8 @@ class Newton(Optimizer):
         """At the first step: the closure must give the same loss again."""
         if self._memory["checked"] or not math.isfinite(point.loss):
             return
-        again = point.tape.evaluate()
+        point.share.check_same(point.params)
+        again = point.replayed()
         tolerance = torch.finfo(point.params[0].dtype).eps ** 0.5 * max(abs(point.loss), 1e-8)
         if not abs(again - point.loss) <= tolerance:
             raise RecordError(
@@ -475,7 +510,7 @@ class Newton(Optimizer):
             self.report.seconds[part] = self.report.seconds.get(part, 0.0) + time.perf_counter() - start
 
 
-def _share(point: Point, curvature: Closure | None) -> float:
+def _fraction_seen(point: Point, curvature: Closure | None) -> float:
     """How many of the samples of the loss the curvature sees, where both are objectives that have been counted."""
     if not (isinstance(point.closure, Objective) and isinstance(curvature, Objective)):
         return 1.0

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import torch.distributed as dist
+
+from torchnewton.distributed import DataParallel
 from torchnewton.globalization import Armijo, Damping, LevenbergMarquardt
 from torchnewton.optim.newton import Newton
 from torchnewton.solvers import CG
@@ -44,6 +47,7 @@ class NewtonCG(Newton):
         sufficient_decrease: float = 1e-4,
         max_halvings: int = 20,
         weight_decay: float = 0.0,
+        process_group: DataParallel | dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__(
             params,
@@ -52,4 +56,5 @@ class NewtonCG(Newton):
             line_search=Armijo(decrease=sufficient_decrease, max_halvings=max_halvings),
             acceleration=None,
             weight_decay=weight_decay,
+            process_group=process_group,
         )

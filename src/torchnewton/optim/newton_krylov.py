@@ -6,7 +6,10 @@ from collections.abc import Iterable
 from dataclasses import fields
 from typing import Any
 
+import torch.distributed as dist
+
 from torchnewton.curvature import Halves, Hessian
+from torchnewton.distributed import DataParallel
 from torchnewton.globalization import ConstantDamping, TrustRegion
 from torchnewton.optim.escape import SaddleEscape
 from torchnewton.optim.newton import Curvature, Newton
@@ -54,6 +57,7 @@ class NewtonKrylov(Newton):
         trust_region: TrustRegion | None = None,
         escape: SaddleEscape | None = SaddleEscape(),
         weight_decay: float = 0.0,
+        process_group: DataParallel | dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__(
             params,
@@ -64,6 +68,7 @@ class NewtonKrylov(Newton):
             acceleration=None,
             escape=escape,
             weight_decay=weight_decay,
+            process_group=process_group,
         )
         self.epsilon, self.disagreement = epsilon, disagreement
         UntilDisturbed(self.solver, epsilon, disagreement)  # refuses wrong arguments now
@@ -72,6 +77,6 @@ class NewtonKrylov(Newton):
         """The solver within the radius, ended at the first disturbing direction."""
         solver, radius = self.solver, self.radius
         if isinstance(solver, CG):
-            shared = {f.name: getattr(solver, f.name) for f in fields(solver)}
+            shared = {f.name: getattr(solver, f.name) for f in fields(solver) if f.name != "keep"}
             solver = SteihaugCG(**shared, radius=radius)
         return UntilDisturbed(solver, self.epsilon, self.disagreement, radius)

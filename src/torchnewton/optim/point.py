@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from torchnewton import vectors
-from torchnewton.record import Closure, RecordError, StreamedTape, Tape, moved, tape_of
+from torchnewton.distributed import DataParallel, record_share
+from torchnewton.record import Closure, RecordError, StreamedTape, Tape, moved
 from torchnewton.vectors import Vector
 
 
@@ -16,7 +17,7 @@ class Point:
 
     `loss` is f, `value` is F, `gradient` is ∇F. Parameters change in `move` only. BatchNorm and other buffers have
     moved once, in the recorded run; `settle` puts them there again whatever ran since, `undo` puts them back to where
-    they were before it.
+    they were before it. With `parallel` the objective is that of all processes: `share` is the part of this one.
     """
 
     def __init__(
@@ -26,17 +27,18 @@ class Point:
         weight_decay: Sequence[float],
         *,
         create_graph: bool = True,
+        parallel: DataParallel | None = None,
     ) -> None:
         self.params = list(params)
         self.weight_decay = list(weight_decay)
         self.closure = closure
-        self.tape = tape_of(closure, self.params, create_graph=create_graph)
+        self.tape, self.share = record_share(closure, self.params, parallel, create_graph=create_graph)
         self._settled = [self.tape.buffers.renewed()]
-        self.loss = float(self.tape.loss)
+        self.loss = self.share.total(lambda: float(self.tape.loss))
         self.value = self.loss + self._penalty()
         self.gradient: Vector = [
             g if w == 0 else g + w * p.detach()
-            for g, p, w in zip(self.tape.gradient, self.params, self.weight_decay, strict=True)
+            for g, p, w in zip(self.share.reduced(self.tape.gradient), self.params, self.weight_decay, strict=True)
         ]
 
     @property
@@ -50,21 +52,23 @@ class Point:
         return self.tape
 
     def _penalty(self) -> float:
-        return sum(
-            0.5 * w * vectors.dot([p.detach()], [p.detach()])
-            for p, w in zip(self.params, self.weight_decay, strict=True)
-            if w
-        )
+        decayed = [(p.detach(), w) for p, w in zip(self.params, self.weight_decay, strict=True) if w]
+        with self.share.agreeing():
+            return 0.5 * vectors.dot([w * p for p, w in decayed], [p for p, _ in decayed])
+
+    def replayed(self) -> float:
+        """f once more."""
+        return self.share.total(self.tape.evaluate)
 
     def evaluate(self, direction: Sequence[Tensor], step_length: float) -> float:
         """F(θ + αd)."""
         with moved(self.params, direction, step_length):
-            return self.tape.evaluate() + self._penalty()
+            return self.replayed() + self._penalty()
 
     def outputs(self, direction: Sequence[Tensor], step_length: float) -> list[Tensor]:
         """The outputs z at θ + αd."""
         with moved(self.params, direction, step_length):
-            return self.recorded.evaluate_outputs()
+            return self.share.everywhere(self.recorded.evaluate_outputs)
 
     def pull_back(self, u: Sequence[Tensor]) -> Vector:
         """JᵀBu."""
@@ -74,7 +78,7 @@ class Point:
             stop = start + len(term.outputs)
             vectors.add_(total, term.jacobian_adjoint(term.hessian_product(u[start:stop])))
             start = stop
-        return total
+        return self.share.reduced(total)
 
     def move(self, direction: Sequence[Tensor], step_length: float) -> None:
         """θ ← θ + αd."""
@@ -85,7 +89,7 @@ class Point:
         for snapshot in self._settled:
             snapshot.restore()
 
-    def settled_by(self, tape: Tape) -> None:
+    def settled_by(self, tape: Tape | StreamedTape) -> None:
         """Buffers that another recorded run has moved are put back, too."""
         self._settled.append(tape.buffers)
 

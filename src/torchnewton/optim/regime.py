@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeGuard
 
 from torchnewton.curvature import DifferenceJacobian, GaussNewton, LinearOperator
+from torchnewton.distributed import Alone
 from torchnewton.globalization import AutoDamping, Damping, LevenbergMarquardt, Unit
 from torchnewton.optim.acceleration import GeodesicAcceleration
 from torchnewton.record import StreamedTape, Tape
 from torchnewton.solvers import Auto, Plane, Solver
+from torchnewton.vectors import is_distributed
 
 
 @dataclass(frozen=True)
@@ -47,8 +50,9 @@ class RegimeChoice:
     The first step is `EXACT` where `Auto` finds a factorization of at most `gradients` gradients or `flops` operations.
     Where a step comes with other data, the last one is judged on them: `trust` is the running average, with weight
     1 − `memory` for the newest, of the reduction there over the reduction predicted; it starts at ½. Below
-    `least_trust` the steps fit their batch and not the task: `PLANE` from then on. On a streamed objective (`tn.over`)
-    always `EXACT`: it keeps no graph for the Kronecker factors to be made of.
+    `least_trust` the steps fit their batch and not the task: `PLANE` from then on. Always `EXACT` where no Kronecker
+    factors can be made: on a streamed objective (`tn.over`), which keeps no graph, and for DTensors.
+    Over several ranks the costs are those of the slowest and of the exchanges, and the Gram matrix is not to be had.
     """
 
     gradients: float = 20.0
@@ -56,15 +60,19 @@ class RegimeChoice:
     memory: float = 0.9
     least_trust: float = 0.1
 
-    def starts_exact(self, tape: Tape | StreamedTape) -> bool:
-        """Whether a first step with this tape is `EXACT`."""
-        if isinstance(tape, StreamedTape):
+    def starts_exact(self, tape: Tape | StreamedTape, share: Alone) -> bool:
+        """Whether a first step with this tape is `EXACT`; the same on all ranks."""
+        if not self.allows_plane(tape):
             return True
-        A = GaussNewton(tape)
+        A = share.operator(GaussNewton(tape))
         options = Auto().options(A, tape.gradient)
         cheapest = min((flops for name, (flops, _) in options.items() if name != "CG"), default=float("inf"))
-        limit = max(self.flops, self.gradients * 3 * tape.forward_flops)
+        limit = max(self.flops, self.gradients * share.largest(3 * tape.forward_flops))
         return cheapest <= limit and A.can_factor()
+
+    def allows_plane(self, tape: Tape | StreamedTape) -> TypeGuard[Tape]:
+        """Whether Kronecker factors can be made of this tape."""
+        return isinstance(tape, Tape) and not any(is_distributed(p) for p in tape.params)
 
     def trust(self, trust: float, new_ratio: float) -> float:
         """The running average with one more ratio, which counts as at most 1 and at least −1."""

@@ -15,7 +15,8 @@ class StepReport:
     judged. `radius` is the trust radius of the step, NaN without one. `gradient_equivalents` counts the step's work in
     gradients of the same batch: a forward pass is 1/3, a backward pass 2/3, a product 4/3 (of the Hessian 2, by the
     complex step 8/3), and dense linear algebra its floating-point operations over the 6NP
-    of a gradient of a dense network with P parameters on N samples. `seconds` are wall-clock seconds of the parts
+    of a gradient of a dense network with P parameters on N samples. `bytes_communicated` is what this process has put
+    into `messages` exchanges with others. `seconds` are wall-clock seconds of the parts
     `record`, `solve` and `search`.
     """
 
@@ -37,4 +38,5 @@ class StepReport:
     products: float = 0
     gradient_equivalents: float = 0.0
     bytes_communicated: int = 0
+    messages: int = 0
     seconds: dict[str, float] = field(default_factory=dict)

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import torch.distributed as dist
+
 from torchnewton.curvature import Diagonal
+from torchnewton.distributed import DataParallel
 from torchnewton.globalization import Armijo, LevenbergMarquardt
 from torchnewton.optim.newton import Newton
 from torchnewton.solvers import CG, MaxNorm, Operator, Solver
@@ -39,6 +42,7 @@ class SGN(Newton):
         momentum: float = 0.0,
         preconditioner_exponent: float | None = None,
         weight_decay: float = 0.0,
+        process_group: DataParallel | dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__(
             params,
@@ -48,6 +52,7 @@ class SGN(Newton):
             momentum=momentum,
             acceleration=None,
             weight_decay=weight_decay,
+            process_group=process_group,
         )
         self.preconditioner_exponent = preconditioner_exponent
 

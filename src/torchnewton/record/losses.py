@@ -73,14 +73,12 @@ def divisor(function: Function, args: Sequence[Any], kwargs: Mapping[str, Any]) 
 
     A mean over classes counts what torch counts: samples that are not ignored, by the weights of their classes.
     """
-    bound = inspect.signature(function).bind(*args, **kwargs)
-    bound.apply_defaults()
-    given = bound.arguments
-    reduction = given["reduction"]
-    if given.get("reduce") is False or given.get("size_average") is False or reduction in ("sum", "none"):
+    given = _bound(function, args, kwargs)
+    kind = reduction(function, args, kwargs)
+    if kind in ("sum", "none"):
         return 1.0
     z, target, weight = given["input"], given["target"], given.get("weight")
-    if reduction == "batchmean":
+    if kind == "batchmean":
         return float(z.shape[0])
     if function in (F.cross_entropy, F.nll_loss):
         if target.is_floating_point():
@@ -90,6 +88,21 @@ def divisor(function: Function, args: Sequence[Any], kwargs: Mapping[str, Any]) 
     if function is F.mse_loss and weight is not None:
         return float(weight.sum())
     return float(torch.broadcast_shapes(z.shape, target.shape).numel())
+
+
+def reduction(function: Function, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
+    """How a loss call makes one number of its entries: "mean", "batchmean", "sum", "none"."""
+    given = _bound(function, args, kwargs)
+    if given.get("reduce") is False:
+        return "none"
+    return "sum" if given.get("size_average") is False else str(given["reduction"])
+
+
+def _bound(function: Function, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by name, defaults included."""
+    bound = inspect.signature(function).bind(*args, **kwargs)
+    bound.apply_defaults()
+    return bound.arguments
 
 
 def _activation_behind(

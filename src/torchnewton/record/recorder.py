@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_
 
 from torchnewton.record.errors import RecordError
 from torchnewton.record.graph import Edge, edge_of
-from torchnewton.record.losses import ACTIVATIONS, LOSSES, Function, divisor, split_inputs
+from torchnewton.record.losses import ACTIVATIONS, LOSSES, Function, divisor, reduction, split_inputs
 from torchnewton.record.term import Candidate, Term
 
 _BACKWARD = {Tensor.backward, torch.autograd.backward}
@@ -218,8 +218,8 @@ class Recorder(Watcher):
         elif func in LOSSES:
             inputs = split_inputs(LOSSES[func], args, kwargs, self._activations)
             if inputs:
-                averaged = partial(divisor, func, args, kwargs)
-                self._place(Candidate.of(func.__name__, inputs, output, averaged), self.candidates)
+                how = partial(divisor, func, args, kwargs), partial(reduction, func, args, kwargs)
+                self._place(Candidate.of(func.__name__, inputs, output, *how), self.candidates)
         elif func in ACTIVATIONS and output.grad_fn is not None:
             self._activations[output.grad_fn] = (func, args[0] if args else kwargs["input"])
         elif self._uses_parameter(args, kwargs):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.nn.parallel import DistributedDataParallel
 
 from torchnewton.record.errors import RecordError
 
@@ -97,6 +98,7 @@ class BufferSnapshot:
 
     def __init__(self) -> None:
         self.saved: list[tuple[nn.Module, str, Tensor, Tensor]] = []
+        self.process_group: Any = None  # of a model under DistributedDataParallel
 
     @contextmanager
     def watch(self) -> Iterator[None]:
@@ -106,6 +108,8 @@ class BufferSnapshot:
 
     def _add(self, module: nn.Module) -> None:
         _refuse_fsdp(module)
+        if isinstance(module, DistributedDataParallel):
+            self.process_group = module.process_group
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 self.saved.append((module, name, buffer, buffer.detach().clone()))
@@ -129,15 +133,20 @@ class BufferSnapshot:
 def scratch_buffers(needed: bool = True) -> Iterator[None]:
     """Let modules called inside work on copies of their buffers.
 
-    The buffers themselves are not written to: a recorded graph may need them as they are. Where the recorded run has
+    The buffers themselves are not written to: a recorded graph may need them as they are. So DistributedDataParallel,
+    which would copy those of rank 0 into them before every forward pass, leaves that out. Where the recorded run has
     met none, they are not `needed`, and looking for them costs a call a module.
     """
     originals: Buffers = {}
+    synchronized: list[DistributedDataParallel] = []
     if not needed:
         yield
         return
 
     def swap(module: nn.Module) -> None:
+        if isinstance(module, DistributedDataParallel) and module.require_forward_param_sync:
+            module.require_forward_param_sync = False
+            synchronized.append(module)
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 originals[module, name] = buffer
@@ -149,6 +158,8 @@ def scratch_buffers(needed: bool = True) -> Iterator[None]:
     finally:
         for (module, name), buffer in originals.items():
             module._buffers[name] = buffer
+        for parallel in synchronized:
+            parallel.require_forward_param_sync = True
 
 
 def _refuse_fsdp(module: nn.Module) -> None:

@@ -27,7 +27,8 @@ from torchnewton.record.graph import (
 class Candidate:
     """A loss call seen while recording: ℓ = name(z₁, …), with its place in the graph at that time.
 
-    `divisor()` is D with ℓ = Σ/D, Σ the sum over the entries (see `losses.divisor`); None where it is not known.
+    `divisor()` is D with ℓ = Σ/D, Σ the sum over the entries (see `losses.divisor`), `reduction()` how it is made; None
+    where that is not known.
     """
 
     name: str
@@ -36,13 +37,19 @@ class Candidate:
     loss: Tensor
     loss_edge: Edge
     divisor: Callable[[], float] | None = None
+    reduction: Callable[[], str] | None = None
 
     @classmethod
     def of(
-        cls, name: str, outputs: Sequence[Tensor], loss: Tensor, divisor: Callable[[], float] | None = None
+        cls,
+        name: str,
+        outputs: Sequence[Tensor],
+        loss: Tensor,
+        divisor: Callable[[], float] | None = None,
+        reduction: Callable[[], str] | None = None,
     ) -> Candidate:
         """The candidate as it stands in the graph now."""
-        return cls(name, list(outputs), [edge_of(z) for z in outputs], loss, edge_of(loss), divisor)
+        return cls(name, list(outputs), [edge_of(z) for z in outputs], loss, edge_of(loss), divisor, reduction)
 
 
 @dataclass(frozen=True)
@@ -55,6 +62,7 @@ class Piece:
     loss: Tensor
     loss_edge: Edge
     divisor: Callable[[], float] | None
+    reduction: Callable[[], str] | None
     weight: Tensor
     slope: list[Tensor]
 
@@ -198,7 +206,7 @@ def _pieces(
         if w is not None:
             w = w.detach()
             slope = filled(grad([c.loss_edge], c.edges, [w], create_graph=True), c.outputs)
-            pieces.append(Piece(c.name, c.outputs, c.edges, c.loss, c.loss_edge, c.divisor, w, slope))
+            pieces.append(Piece(c.name, c.outputs, c.edges, c.loss, c.loss_edge, c.divisor, c.reduction, w, slope))
     return pieces, rest or not pieces
 
 

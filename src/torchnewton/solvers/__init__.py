@@ -7,6 +7,7 @@ from torchnewton.solvers.direct import Direct
 from torchnewton.solvers.dual import Dual
 from torchnewton.solvers.lanczos import Lanczos, LanczosResult, RitzValues
 from torchnewton.solvers.minres import MINRES
+from torchnewton.solvers.negative_curvature import AlongNegativeCurvature
 from torchnewton.solvers.nystrom import Nystrom
 from torchnewton.solvers.plane import Plane, PlaneResult
 from torchnewton.solvers.preconditioners import BlockDiagonal, Jacobi, Preconditioner
@@ -14,10 +15,12 @@ from torchnewton.solvers.result import Operator, Solver, SolveResult, Status, Us
 from torchnewton.solvers.steihaug import SteihaugCG
 from torchnewton.solvers.stopping import MartensProgress, MaxNorm, StoppingRule
 from torchnewton.solvers.until_disturbed import UntilDisturbed
+from torchnewton.solvers.warm_start import WarmStart
 
 __all__ = [
     "CG",
     "MINRES",
+    "AlongNegativeCurvature",
     "Auto",
     "BiCGSTAB",
     "BlockDiagonal",
@@ -41,4 +44,5 @@ __all__ = [
     "StoppingRule",
     "UntilDisturbed",
     "UsesPreviousStep",
+    "WarmStart",
 ]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from torchnewton.solvers.iteration import Iterative, accepted, announce, initial_residual, product, ratio
 from torchnewton.solvers.result import Operator, SolveResult, Status
-from torchnewton.vectors import add, add_, clone, dot, is_finite, norm, zeros_like
+from torchnewton.vectors import Vector, add, add_, clone, dot, is_finite, norm, zeros_like
 
 
 @dataclass(frozen=True)
@@ -21,13 +21,24 @@ class CG(Iterative):
     direction p with pᵀAp ≤ 0 it ends with the iterate so far and returns p; on a product that is not finite it ends
     with the last finite iterate.
 
-    Cost: one product, two inner products and three vector updates an iteration; memory: four vectors.
+    With `keep` γ > 1 the iterates 1, 2, …, each next one at least γ times as late, are kept in `SolveResult.iterates`;
+    `Newton` then goes back from the last to earlier ones as long as the objective falls, as Martens does with γ = 1.3.
+
+    Cost: one product, two inner products and three vector updates an iteration; memory: four vectors, and those kept.
+    Errors: `ValueError` for arguments.
     Source: Hestenes and Stiefel, 1952; the preconditioned form of Golub and Van Loan, algorithm 11.5.1.
 
     >>> A, b = torch.tensor([[4.0, 1.0], [1.0, 3.0]]), torch.tensor([1.0, 2.0])
     >>> CG().solve(A, [b]).solution
     [tensor([0.0909, 0.6364])]
     """
+
+    keep: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.keep is not None and not self.keep > 1:
+            raise ValueError(f"CG: keep={self.keep} must be greater than 1, or None.")
 
     def solve(
         self,
@@ -47,6 +58,8 @@ class CG(Iterative):
         rz = dot(r, z)
         model = [0.0]
         status, negative = None, None
+        kept: list[tuple[Vector, float]] = []
+        next_kept = 1
         if not math.isfinite(rz):
             status = Status.NOT_FINITE
         elif norm(r) <= tolerance:
@@ -69,9 +82,12 @@ class CG(Iterative):
                 rz, previous = dot(r, z), rz
                 p = add(z, p, ratio(rz, previous, r))
                 status = self._status(model, r, tolerance)
+                if self.keep is not None and status is None and len(model) > next_kept:
+                    kept.append((clone(x), dot(x, b) - dot(x, r)))
+                    next_kept = max(next_kept + 1, math.ceil(self.keep * next_kept))
                 if status is None and rz <= 0:
                     status = Status.INDEFINITE_PRECONDITIONER
         iterations = len(model) - 1
         products = iterations + (x0 is not None) + (status is Status.NEGATIVE_CURVATURE)
         x, r, status = accepted(x, r, status, x0, r0)
-        return SolveResult(x, r, norm(r), status, iterations, products, negative, "CG")
+        return SolveResult(x, r, norm(r), status, iterations, products, negative, "CG", iterates=kept)

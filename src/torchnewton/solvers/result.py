@@ -20,6 +20,7 @@ class Status(Enum):
     MAX_ITERATIONS = "the iteration limit was reached"
     NEGATIVE_CURVATURE = "a direction of negative curvature was met"
     FLAT = "a direction of next to no curvature was met"
+    QUORUM = "enough of the other ranks had finished their part"
     DISAGREEMENT = "the halves of the batch disagree on the curvature of a direction"
     NOT_POSITIVE_DEFINITE = "the matrix is not positive definite: raise the damping"
     BOUNDARY = "the boundary of the trust region was reached"
@@ -37,7 +38,8 @@ class SolveResult:
     a direction p with pᵀAp ≤ 0 where one was met. `method` names the solver, and the reason where one was chosen.
     `reuse` solves for another right-hand side with the same factorization, where there is one.
     `shifted` solves (A + δI)x = b likewise. `flops` counts the operations of dense linear algebra, rows of the
-    Jacobian included; products are counted apart, and so are `num_evaluations` runs of the closure.
+    Jacobian included; products are counted apart, and so are `num_evaluations` runs of the closure. `iterates` are
+    earlier iterates x, each with its xᵀAx, among which the objective may choose.
     """
 
     solution: Vector
@@ -53,6 +55,7 @@ class SolveResult:
     flops: float = 0.0
     curvature: float | None = None
     num_evaluations: int = 0
+    iterates: Sequence[tuple[Vector, float]] = ()
 
     def curved(self, slope: float) -> float:
         """xᵀAx, given −bᵀx: told by the solver, or from the residual b − Ax."""

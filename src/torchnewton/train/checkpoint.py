@@ -100,6 +100,10 @@ class RunFolder:
         """Writes the model as it is, for `model.load_state_dict`."""
         write_atomically(self.path / self.BEST, lambda p: torch.save(run.model.state_dict(), p))
 
+    def draw(self, plot: Callable[[Path], object]) -> None:
+        """Writes the curves."""
+        write_atomically(self.path / "curves.png", plot)
+
     def load(self, run: Run) -> None:
         """Puts `run` where the checkpoint was taken and drops metrics written after it."""
         self.load_state(run)
@@ -116,3 +120,19 @@ class RunFolder:
             raise UsageError(f"No run in {self.path}: checkpoint.pt is missing.") from error
         except Exception as error:
             raise UsageError(f"{path} is broken or belongs to another model: start the run again.") from error
+
+
+class Nowhere(RunFolder):
+    """What the ranks write that are not the first: nothing."""
+
+    def append(self, record: Record) -> None:
+        """Nothing."""
+
+    def save(self, run: Run) -> None:
+        """Nothing."""
+
+    def save_best(self, run: Run) -> None:
+        """Nothing."""
+
+    def draw(self, plot: Callable[[Path], object]) -> None:
+        """Nothing."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torchnewton.optim import Newton, StepReport, Subsets
 from torchnewton.record import Closure, Progress, over
 from torchnewton.train.data import Dataset
+from torchnewton.train.ranks import Ranks
 
 TRAIN_SAMPLE = 2000  # training samples whose loss is recorded
 MARKS = 25  # evaluations in a time budget
@@ -82,6 +83,7 @@ class Run:
     gradient_equivalents: float = 0.0
     loss: float = math.nan  # of the last step's batch, before the step
     history: list[Record] = field(default_factory=list)
+    ranks: Ranks = field(default_factory=Ranks)
     subset: float | None = None
     progress: Progress | None = None
 
@@ -162,7 +164,8 @@ class Budget:
         interval = max(1, run.batches_per_epoch // 10)
         if self.loss is None or run.batches // interval == before // interval:
             return False
-        return training_loss(run) <= self.loss
+        (reached,) = run.ranks.first(training_loss(run) <= self.loss)
+        return bool(reached)
 
     def is_evaluation_due(self, run: Run, before: float) -> bool:
         """Every epoch, or at marks of the seconds, dense at the start; `before` is `used` a step ago."""
@@ -201,7 +204,7 @@ def train(
         if reached:
             return "training loss reached"
         used = budget.used(run)
-        if on_step(run):
+        if run.ranks.any(on_step(run)):
             return "interrupted"
     return "finished"
 
@@ -213,8 +216,9 @@ def train_step(run: Run) -> None:
     run.loss = float(torch.as_tensor(loss).detach())  # waits for accelerators
     report = step_report(run)
     run.gradient_equivalents += report.gradient_equivalents if report else calls
-    run.cpu_seconds += time.process_time() - cpu
-    run.wall_seconds += time.perf_counter() - wall
+    cpu, wall = run.ranks.first(time.process_time() - cpu, time.perf_counter() - wall)
+    run.cpu_seconds += cpu
+    run.wall_seconds += wall
     run.step += 1
 
 
@@ -277,12 +281,13 @@ def cut_last_step(run: Run, before: list[Tensor], loss: float) -> None:
 
 
 def next_batch(run: Run) -> tuple[Tensor, Tensor]:
-    """The next batch of a shuffle that is drawn anew for each epoch."""
+    """The next batch of a shuffle that is drawn anew for each epoch, or this rank's part of it."""
     position = run.batches % run.batches_per_epoch
     run.batches += 1
     if position == 0:
         run.order = torch.randperm(len(run.data.x_train), generator=run.generator)
-    index = run.order[position * run.batch_size : (position + 1) * run.batch_size].to(run.data.x_train.device)
+    index = run.ranks.part(run.order[position * run.batch_size : (position + 1) * run.batch_size])
+    index = index.to(run.data.x_train.device)
     return run.data.x_train[index], run.data.y_train[index]
 
 

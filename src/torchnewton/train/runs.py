@@ -19,13 +19,14 @@ from rich.console import Console
 from torchnewton.optim import Newton
 from torchnewton.train import data as tasks
 from torchnewton.train import models
-from torchnewton.train.checkpoint import RunFolder, check_free, free_name, new_folder, write_atomically
+from torchnewton.train.checkpoint import Nowhere, RunFolder, check_free, free_name, new_folder
 from torchnewton.train.display import Display, summary
 from torchnewton.train.errors import UsageError
 from torchnewton.train.figures import plot_run
 from torchnewton.train.loop import Budget, Run, train
 from torchnewton.train.methods import METHODS, default_batch_size, make_optimizer
 from torchnewton.train.prepare import prepared
+from torchnewton.train.ranks import is_launched, is_restarted, join
 
 
 @dataclass(frozen=True)
@@ -55,10 +56,11 @@ class Settings:
     test_samples: int | None = None
     validation: float | None = None
     center: bool = False
+    ranks: int = 1
 
     def __post_init__(self) -> None:
-        positive = ("lr", "batch_size", "epochs", "seconds", "threads", "until_loss", "C", "samples", "test_samples")
-        for name in positive:
+        sizes = ("batch_size", "epochs", "threads", "samples", "test_samples", "ranks")
+        for name in ("lr", "seconds", "until_loss", "C", *sizes):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 option = name.replace("_", "-")
@@ -67,6 +69,8 @@ class Settings:
             value = getattr(self, name)
             if value is not None and not 0 < value <= high:
                 raise UsageError(f"--{name} is {value}: it has to be above 0 and at most {high:g}.")
+        if self.ranks > 1 and (self.subset or (self.method in METHODS and METHODS[self.method].subset)):
+            raise UsageError("--ranks is for steps on batches, not for --subset and newton-cg, which take all data.")
         if not 0 <= self.seed < 2**63:
             raise UsageError(f"--seed is {self.seed}: it has to be a whole number from 0 to 2⁶³ − 1.")
         if self.epochs and self.seconds:
@@ -85,6 +89,7 @@ OF_THE_DATA = ("data", "data_dir", "device", "samples", "test_samples", "validat
 
 def make_run(settings: Settings, data: tasks.Dataset | None = None) -> tuple[Settings, Run]:
     """Builds a run at its start, and the settings with defaults filled in; `data` saves preparing it again."""
+    ranks = join(settings.device)
     device = _device(settings.device)
     torch.set_num_threads(settings.threads)
     if data is None:
@@ -100,13 +105,20 @@ def make_run(settings: Settings, data: tasks.Dataset | None = None) -> tuple[Set
     model = models.build(settings.model, data).to(device)
     weight_decay = 1 / (settings.C * len(data.x_train)) if settings.C else 0.0
     optimizer = make_optimizer(settings.method, model, settings.lr, weight_decay)
+    ranks.give(optimizer, settings.method)
     subset = settings.subset or METHODS[settings.method].subset
     if subset is not None and not isinstance(optimizer, Newton):
         raise UsageError(f"--subset is for Newton methods: {settings.method} takes no curvature.")
     batch_size = min(settings.batch_size or default_batch_size(settings.method, data), len(data.x_train))
     generator = torch.Generator().manual_seed(settings.seed)
-    full = replace(settings, model=models.resolve(settings.model, data), batch_size=batch_size, subset=subset)
-    return full, Run(data, model, optimizer, batch_size, generator, subset=subset)
+    full = replace(
+        settings,
+        model=models.resolve(settings.model, data),
+        batch_size=batch_size,
+        subset=subset,
+        ranks=ranks.size,
+    )
+    return full, Run(data, model, optimizer, batch_size, generator, ranks=ranks, subset=subset)
 
 
 def _device(name: str) -> torch.device:
@@ -140,9 +152,13 @@ def _version() -> str:
 
 def train_new(settings: Settings, out: str | None, overwrite: bool, console: Console) -> int:
     """Runs `settings` in a new folder, made after all is checked; returns the exit code."""
-    if out is not None:
+    if out is not None and is_restarted() and (Path(out) / "checkpoint.pt").is_file():
+        return train_resumed(out, settings.epochs, settings.seconds, settings.until_loss, console)
+    if out is not None and not is_launched():
         check_free(Path(out), overwrite)
     full, run = make_run(settings)
+    if run.ranks.rank > 0:
+        return _train_in(Nowhere(Path()), full, run, Console(quiet=True))
     stem = f"{run.data.name}-{full.model.replace(':', '-')}-{full.method}"
     folder = RunFolder(Path(out) if out is not None else free_name(stem))
     new_folder(folder.path, overwrite, (*folder.FILES, folder.BEST, *folder.SPECTRUM_FILES))
@@ -163,6 +179,9 @@ def train_resumed(
     if until_loss:
         settings = replace(settings, until_loss=until_loss)
     settings, run = make_run(settings)
+    if run.ranks.rank > 0:
+        folder.load_state(run)
+        return _train_in(Nowhere(Path()), settings, run, Console(quiet=True))
     folder.load(run)
     if settings.budget.used(run) >= 1:
         raise UsageError(f"The run in {path} has used its budget: give a larger --epochs or --seconds.")
@@ -202,7 +221,7 @@ def _train_in(folder: RunFolder, settings: Settings, run: Run, console: Console)
 
         status = train(run, settings.budget, on_step, on_record)
         folder.save(run)
-        write_atomically(folder.path / "curves.png", lambda p: plot_run(run.history, run.data.metric, p))
+        folder.draw(lambda p: plot_run(run.history, run.data.metric, p))
     if status == "interrupted":
         console.print(f"Interrupted and saved; continue with: torchnewton train --resume {folder.path}", soft_wrap=True)
         return 130
@@ -220,9 +239,10 @@ def _headline(settings: Settings, run: Run) -> str:
     if settings.subset:
         lr += f", curvature of {settings.subset:.3g} of them"
     parameters = sum(p.numel() for p in run.model.parameters())
+    spread = f", {run.ranks.size} ranks" if run.ranks.size > 1 else ""
     return (
         f"[bold]{settings.method}[/] on {run.data.name}: {settings.model} with {parameters:,} parameters, "
-        f"{len(run.data.x_train):,} training samples, batch {settings.batch_size}{lr}, seed {settings.seed}"
+        f"{len(run.data.x_train):,} training samples, batch {settings.batch_size}{lr}{spread}, seed {settings.seed}"
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -14,6 +14,10 @@ from torchnewton.curvature.kfac.statistics import Sharing, Statistics
 from torchnewton.record import Tape
 
 Positions = tuple[int, ...]
+Factors = list[Tensor]
+
+# Makes of the factors L and R of this process's samples those of all: L is summed like f, R averaged over the samples.
+Shared = Callable[[Factors, Factors], tuple[Factors, Factors]]
 
 
 class KFAC:
@@ -104,12 +108,15 @@ class KFAC:
         self._num_statistics = 0
         self._spectra_at = (0, 0)  # steps and statistics when they were taken
 
-    def update(self, tape: Tape) -> None:
-        """Count a step, and take statistics from its tape if they are due."""
+    def update(self, tape: Tape, shared: Shared | None = None) -> None:
+        """Count a step, and take statistics from its tape if they are due; for `shared` see `Shared`."""
         self._params = tape.params
         if self._num_steps % self.statistics_every == 0:
             tape.require_split()
             fresh = self._statistics.blocks(tape, self._generator)
+            if shared is not None:
+                lefts, rights = shared([block.left for block in fresh], [block.right for block in fresh])
+                fresh = [Block(b.positions, *pair) for b, *pair in zip(fresh, lefts, rights, strict=True)]
             if all(block.is_finite() for block in fresh):
                 self._average(fresh)
                 self._num_statistics += 1

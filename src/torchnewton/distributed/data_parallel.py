@@ -1,0 +1,312 @@
+"""Every rank has its own samples: the objective, its derivatives and its curvature are sums over the ranks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from torchnewton import vectors
+from torchnewton.curvature import LinearOperator, Shared, noise_parts, noise_scale
+from torchnewton.distributed.processes import ClosureError, Processes
+from torchnewton.distributed.reduced import Reduced, weighted
+from torchnewton.record import Closure, Objective, StreamedTape, Tape, record, tape_of
+from torchnewton.solvers import SolveResult, Status
+from torchnewton.vectors import Vector
+
+Result = TypeVar("Result")
+Table = list[list[float]]
+
+_STREAMED = (
+    "process_group: the batches of tn.over are evaluated in one process. Give every rank a closure on its part of one "
+    "batch, or leave out process_group and DistributedDataParallel."
+)
+
+
+class DataParallel:
+    """f = Σ wᵣfᵣ over the ranks r of a process group, fᵣ what the closure returns on rank r.
+
+    wᵣ = nᵣ / Σ nᵣ for closures that return means over nᵣ samples, 1 for closures that return sums. By default nᵣ is
+    what the recorded loss calls divide by (for `cross_entropy` the samples that are not ignored, by their weights),
+    else the length of the outputs; with `reduction="sum"` the closure returns a sum. A rank with nᵣ = 0 counts nothing.
+
+    Args:
+        group: a process group; by default all ranks.
+        num_samples: nᵣ, or a function of the tape that gives it, where the default does not fit.
+        summed: whether the closure returns sums, where the default does not fit.
+        timeout: seconds after which an exchange fails with an error that names the missing ranks.
+
+    Errors: `ValueError` for arguments, for a loss without a split where `num_samples` is not given, and for ranks of
+    which some return means and some sums; `RankError` where another rank fails or does not answer.
+    """
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup | None = None,
+        *,
+        num_samples: float | Callable[[Tape], float] | None = None,
+        summed: bool | None = None,
+        timeout: float = 600.0,
+    ) -> None:
+        if not dist.is_initialized():
+            raise ValueError(
+                'process_group: torch.distributed is not initialized; call init_process_group("gloo") (or "nccl") '
+                "first, and launch the program with torchrun."
+            )
+        self.processes = Processes(dist.group.WORLD if group is None else group, timeout)  # type: ignore[arg-type]
+        self.num_samples = num_samples
+        self.summed = summed
+
+    @classmethod
+    def of(cls, given: DataParallel | dist.ProcessGroup | None) -> DataParallel | None:
+        """From what `Newton` takes as `process_group`."""
+        return given if given is None or isinstance(given, DataParallel) else cls(given)
+
+    def check_same(self, params: Sequence[Tensor]) -> None:
+        """Raise `ValueError` unless all ranks hold the same parameters, by two sums over each."""
+        with torch.no_grad():
+            sums = [f(p.detach().double()) for p in params for f in (torch.sum, torch.norm)]
+        rows = self.processes.table([float(len(params)), *(float(s) for s in sums)])
+        other = [r for r, row in enumerate(rows) if row != rows[0] and not any(math.isnan(v) for v in row)]
+        if other:
+            raise ValueError(
+                f"process_group: the parameters of rank {other[0]} are not those of rank 0: build the model with the "
+                "same seed, load the same checkpoint, or wrap it in DistributedDataParallel, which copies those of "
+                "rank 0."
+            )
+
+    def weigh(self, tape: Tape) -> tuple[float, bool]:
+        """nᵣ of this rank's tape, and whether its loss is a sum."""
+        if callable(self.num_samples):
+            n = float(self.num_samples(tape))
+        else:
+            n = num_samples(tape) if self.num_samples is None else float(self.num_samples)
+        if not 0 <= n < math.inf:
+            raise ValueError(f"DataParallel: num_samples={n} must be a number that is not negative.")
+        reductions = [piece.reduction() for piece in tape.pieces if piece.reduction is not None]
+        is_sum = bool(reductions) and all(kind == "sum" for kind in reductions)
+        return n, is_sum if self.summed is None else self.summed
+
+    def together(self, run: Callable[[], Result], numbers: Callable[[Result], list[float]]) -> tuple[Result, Table]:
+        """Run something that may fail on some ranks; everyone's numbers. A failure anywhere is raised everywhere."""
+        width = 3
+        try:
+            found = run()
+            row = numbers(found)
+        except BaseException:
+            self.processes.table([1.0, *[0.0] * width])
+            raise
+        rows = self.processes.table([0.0, *row, *[0.0] * (width - len(row))])
+        failed = [r for r, entries in enumerate(rows) if entries[0]]
+        if failed:
+            raise ClosureError(f"rank {failed[0]} has failed in its closure; its own output tells why.")
+        return found, [entries[1:] for entries in rows]
+
+
+class Alone:
+    """The share of the only process: all of the objective."""
+
+    parallel: DataParallel | None = None
+
+    def total(self, run: Callable[[], float]) -> float:
+        """f."""
+        return run()
+
+    def everywhere(self, run: Callable[[], Result]) -> Result:
+        """Run something."""
+        return run()
+
+    def reduced(self, v: Vector) -> Vector:
+        """v."""
+        return v
+
+    def operator(self, A: LinearOperator) -> LinearOperator:
+        """A."""
+        return A
+
+    @property
+    def statistics(self) -> Shared | None:
+        """How statistics become those of all samples: they are."""
+        return None
+
+    def noise_scale(self, tape: Tape, generator: torch.Generator) -> float:
+        """See `torchnewton.curvature.noise_scale`."""
+        return noise_scale(tape, generator)
+
+    def largest(self, number: float) -> float:
+        """The number."""
+        return number
+
+    def agreed(self, result: SolveResult, b: Sequence[Tensor]) -> SolveResult:
+        """The result."""
+        return result
+
+    @contextmanager
+    def agreeing(self) -> Iterator[None]:
+        """Inner products are what they are."""
+        yield
+
+    def check_same(self, params: Sequence[Tensor]) -> None:
+        """There is nobody to differ from."""
+
+    def spent(self) -> tuple[int, int]:
+        """No bytes, no messages."""
+        return 0, 0
+
+
+class Share(Alone):
+    """One rank's part of the objective: what is to be summed, and what all must agree on."""
+
+    def __init__(self, parallel: DataParallel, table: Table) -> None:
+        self.parallel: DataParallel = parallel
+        self.processes = parallel.processes
+        counts, sums = [row[0] for row in table], [row[1] for row in table]
+        if len(set(sums)) > 1:
+            raise ValueError("DataParallel: some ranks return sums, some means; say summed=True or False.")
+        self.summed = bool(sums[0])
+        total = sum(counts)
+        if not self.summed and not total > 0:
+            raise ValueError("DataParallel: no rank has a sample (num_samples is 0 everywhere).")
+        self.weights = [1.0 if self.summed else n / total for n in counts]
+        self.weight = self.weights[self.processes.rank]
+        self.fraction = counts[self.processes.rank] / total if total > 0 else 0.0
+
+    @classmethod
+    def recorded(cls, parallel: DataParallel, run: Callable[[], Tape]) -> tuple[Tape, Share]:
+        """Record on every rank."""
+
+        def numbers(tape: Tape) -> list[float]:
+            n, is_sum = parallel.weigh(tape)
+            return [n, float(is_sum)]
+
+        made: list[Tape] = []
+
+        def kept() -> Tape:
+            made.append(run())
+            return made[0]
+
+        try:
+            tape, table = parallel.together(kept, numbers)
+            return tape, cls(parallel, table)
+        except BaseException:
+            for tape in made:
+                tape.buffers.restore()
+            raise
+
+    def total(self, run: Callable[[], float]) -> float:
+        """Σ wᵣfᵣ of a loss that every rank computes."""
+        _, table = self.parallel.together(run, lambda value: [value])
+        return math.fsum(w * row[0] for w, row in zip(self.weights, table, strict=True) if w)
+
+    def everywhere(self, run: Callable[[], Result]) -> Result:
+        """Run something; an exception on one rank is one on all."""
+        return self.parallel.together(run, lambda _: [])[0]
+
+    def reduced(self, v: Vector) -> Vector:
+        """Σ wᵣvᵣ."""
+        return self.processes.sum(weighted(v, self.weight))
+
+    def operator(self, A: LinearOperator) -> LinearOperator:
+        """Σ wᵣAᵣ."""
+        return Reduced(A, self.processes, self.weight, self.fraction)
+
+    @property
+    def statistics(self) -> Shared | None:
+        """Σ wᵣLᵣ and the mean of the Rᵣ over the samples, in one message."""
+        return self._shared
+
+    def _shared(self, left: Vector, right: Vector) -> tuple[Vector, Vector]:
+        found = self.processes.sum([*weighted(left, self.weight), *weighted(right, self.fraction)])
+        return found[: len(left)], found[len(left) :]
+
+    def noise_scale(self, tape: Tape, generator: torch.Generator) -> float:
+        """That of all samples: with sᵣ, tᵣ of rank r and its fraction pᵣ of the samples Σ wᵣ²sᵣ/pᵣ / Σ wᵣtᵣ."""
+        squares, trace = noise_parts(tape, generator) if self.fraction else (0.0, 0.0)
+        rows = self.processes.table([self.weight**2 * squares / (self.fraction or 1.0), self.weight * trace])
+        squares, trace = (sum(column) for column in zip(*rows, strict=True))
+        return squares / trace if trace > 0 else 0.0
+
+    def largest(self, number: float) -> float:
+        """The largest of all ranks' numbers."""
+        return max(row[0] for row in self.processes.table([number]))
+
+    @contextmanager
+    def agreeing(self) -> Iterator[None]:
+        """Inner products inside are those of rank 0."""
+        with vectors.agreeing(self.processes.agreed):
+            yield
+
+    def check_same(self, params: Sequence[Tensor]) -> None:
+        """See `DataParallel.check_same`."""
+        self.parallel.check_same(params)
+
+    def spent(self) -> tuple[int, int]:
+        """See `Processes.spent`."""
+        return self.processes.spent()
+
+    def agreed(self, result: SolveResult, b: Sequence[Tensor]) -> SolveResult:
+        """What rank 0 has found for Ax = b: where processors differ, factorizations do so in rounding, or in status."""
+        kinds = list(Status)
+        curved = result.curved(-vectors.dot(b, result.solution))
+        status, curved, size, can_reuse, can_shift = self.processes.numbers_of_first(
+            [kinds.index(result.status), curved, result.residual_norm, bool(result.reuse), bool(result.shifted)]
+        )
+        reuse, shifted = result.reuse or list, result.shifted or (lambda more: result)
+        return replace(
+            result,
+            solution=self.processes.of_first(result.solution),
+            residual=None,
+            residual_norm=size,
+            status=kinds[int(status)],
+            reuse=(lambda rhs: self.processes.of_first(reuse(rhs))) if can_reuse else None,
+            shifted=(lambda more: self.agreed(shifted(more), b)) if can_shift else None,
+            curvature=curved,
+        )
+
+
+def record_share(
+    closure: Closure, params: Sequence[Tensor], parallel: DataParallel | None, *, create_graph: bool = True
+) -> tuple[Tape | StreamedTape, Alone]:
+    """Record a closure; without `parallel` a model under DistributedDataParallel tells its process group."""
+
+    def run() -> Tape:
+        if isinstance(closure, Objective) and closure.is_streamed:
+            raise ValueError(_STREAMED)
+        return record(closure, params, create_graph=create_graph)
+
+    if parallel is not None:
+        if any(vectors.is_distributed(p) for p in params):
+            raise ValueError(
+                "process_group: parameters that are DTensors are summed over by torch itself; leave process_group out "
+                "and give all ranks the same samples."
+            )
+        return Share.recorded(parallel, run)
+    tape = tape_of(closure, params, create_graph=create_graph)
+    group = tape.buffers.process_group
+    if group is None:
+        return tape, Alone()
+    if isinstance(tape, StreamedTape):
+        tape.buffers.restore()
+        raise ValueError(_STREAMED)
+    return Share.recorded(DataParallel(group), lambda: tape)
+
+
+def num_samples(tape: Tape) -> float:
+    """How many samples a recorded loss is a mean over; see `DataParallel`."""
+    if not tape.pieces:
+        raise ValueError(
+            "DataParallel: the loss has no split that tells its number of samples; give "
+            "process_group=tn.DataParallel(num_samples=…), or mark the network's outputs with tn.outputs(z)."
+        )
+    total = 0.0
+    for piece in tape.pieces:
+        averaged = piece.reduction is not None and piece.reduction() in ("mean", "batchmean")
+        length = float(piece.outputs[0].shape[0]) if piece.outputs[0].dim() else 1.0
+        total += piece.divisor() if averaged and piece.divisor is not None else length
+    return total

@@ -1,0 +1,168 @@
+"""Every rank solves for its own block of the parameters."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from torchnewton import vectors
+from torchnewton.curvature import LinearOperator
+from torchnewton.distributed.partition import DiagonalBlock, Partition
+from torchnewton.distributed.processes import Processes
+from torchnewton.distributed.reduced import Reduced
+from torchnewton.solvers import CG, Operator, Plane, SolveResult, Status, StoppingRule
+from torchnewton.vectors import dot
+
+
+@dataclass(frozen=True)
+class Quorum:
+    """A rank's solve also ends once `share` of all ranks are done with theirs, after `min_iterations` of its own.
+
+    A rank is done when its solver has met its tolerance or its limit. Every iteration after the first
+    `min_iterations` asks once, 8 bytes; nobody waits for an answer of another rank.
+    """
+
+    share: float = 0.5
+    min_iterations: int = 2
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1:
+            raise ValueError(f"Quorum: share={self.share} must be more than 0 and at most 1.")
+        if self.min_iterations < 1:
+            raise ValueError(f"Quorum: min_iterations={self.min_iterations} must be at least 1.")
+
+
+@dataclass(frozen=True)
+class _AtQuorum:
+    """The stopping rule of one solve on one rank."""
+
+    quorum: Quorum
+    processes: Processes
+    topic: str
+    other: StoppingRule | None
+
+    def check(self, model: Sequence[float], residual: Sequence[Tensor]) -> Status | None:
+        """See `StoppingRule.check`."""
+        status = self.other.check(model, residual) if self.other is not None else None
+        if status is not None or len(model) - 1 < self.quorum.min_iterations:
+            return status
+        enough = self.processes.hands(self.topic) >= self.quorum.share * self.processes.size
+        return Status.QUORUM if enough else None
+
+
+@dataclass(frozen=True)
+class Diagonalized:
+    """Solves Ax = b without the blocks of A that couple the parameters of different ranks.
+
+        Aₚₚ dₚ = bₚ    on rank p, Aₚₚ from the samples of rank p alone,    x = d, or β₁d + β₂x₀ with `combine`
+
+    `solver` solves for dₚ and exchanges nothing; then one message joins the dₚ. With `combine` (β₁, β₂) minimizes
+    ½xᵀAx − bᵀx with the whole A, and x₀ is the optimizer's previous step; without it x = d. Without several processes
+    there is one block: x is what `solver` finds.
+
+    Rank p has the p-th of equal parts of all parameters in their order, see `Partition`; its block is that of the
+    samples it has seen, a subsampled curvature. For the exact block give all ranks the same `curvature` closure.
+
+    Cost: the products of the slowest rank, then half a product for each direction; messages: P / ranks numbers for d,
+    three for the states of the ranks, k² for the combination of k directions. Memory: `solver`'s vectors by 1 / ranks.
+    Source: Wang et al., "Distributed Newton Methods for Deep Neural Networks", arXiv 1802.00130: diagonalization, the
+    end of the solve before all are done (abstract), two directions (recalled). Deviations: the model is on every rank,
+    the partition is by ranges of entries, and a product costs what it costs for all parameters.
+    """
+
+    solver: CG
+    combine: bool = True
+    quorum: Quorum | None = None
+
+    @property
+    def uses_previous_step(self) -> bool:
+        """x₀ is the previous step."""
+        return True
+
+    def solve(
+        self,
+        A: Operator,
+        b: Sequence[Tensor],
+        x0: Sequence[Tensor] | None = None,
+        preconditioner: Operator | None = None,
+    ) -> SolveResult:
+        """See `Solver.solve`; a preconditioner of the whole is not used."""
+        processes = _processes_of(A)
+        if not isinstance(A, LinearOperator) or processes is None:
+            found = self.solver.solve(A, b)
+        else:
+            found = self._in_blocks(A, b, processes)
+        if not self.combine or found.status is Status.NOT_FINITE:
+            return found
+        best = Plane().over(A, b, [found.solution] if x0 is None else [found.solution, list(x0)])
+        return replace(
+            found,
+            solution=best.solution,
+            residual=None,
+            curvature=2 * (dot(b, best.solution) - best.predicted_reduction),
+            num_products=found.num_products + best.num_products,
+        )
+
+    def _in_blocks(self, A: LinearOperator, b: Sequence[Tensor], processes: Processes) -> SolveResult:
+        """The joined direction, not finite where that of a rank is not."""
+        partition = Partition(tuple(x.shape for x in b), processes.size)
+        block = DiagonalBlock(A.own(), partition.ranges(processes.rank))
+        solver = self._solver(processes)
+        before = processes.bytes
+        with vectors.agreeing(None):
+            found = solver.solve(block, block.cut(b))
+        exchanged = processes.bytes - before
+        finite = found.status is not Status.NOT_FINITE
+        rows = processes.table([finite, found.num_iterations, found.residual_norm**2 if finite else 0.0])
+        mine = vectors.flatten(found.solution) if found.solution else b[0].new_zeros(0)
+        d = vectors.unflatten(processes.joined(mine, partition.sizes), b)
+        curvature, products = None, 0.0
+        if not self.combine:
+            form, products = A.quadratic_form([d])
+            curvature = float(form[0, 0])
+        iterations = "/".join(f"{row[1]:.0f}" for row in rows)
+        return SolveResult(
+            d,
+            None,
+            math.sqrt(math.fsum(row[2] for row in rows)),
+            found.status if all(row[0] for row in rows) else Status.NOT_FINITE,
+            int(max(row[1] for row in rows)),
+            found.num_products + products,
+            method=f"{found.method} in {processes.size} blocks, {iterations} iterations, {exchanged} bytes exchanged",
+            curvature=curvature,
+        )
+
+    def _solver(self, processes: Processes) -> CG | _Raising:
+        if self.quorum is None:
+            return self.solver
+        (now,) = processes.numbers_of_first([time.time_ns() % 2**52])  # a name of this solve that all ranks know
+        topic = f"quorum/{now:.0f}"
+        stop = _AtQuorum(self.quorum, processes, topic, self.solver.stop)
+        return _Raising(replace(self.solver, stop=stop), processes, topic)
+
+
+@dataclass(frozen=True)
+class _Raising:
+    """A solver that tells the others when it is done."""
+
+    solver: CG
+    processes: Processes
+    topic: str
+
+    def solve(self, A: Operator, b: Sequence[Tensor]) -> SolveResult:
+        """See `Solver.solve`."""
+        found = self.solver.solve(A, b)
+        self.processes.raise_hand(self.topic)
+        return found
+
+
+def _processes_of(A: Operator) -> Processes | None:
+    """The processes that share the samples of a shifted or summed operator."""
+    if isinstance(A, Reduced):
+        return A.processes
+    parts = (_processes_of(part) for part in getattr(A, "parts", ()))
+    return next((found for found in parts if found is not None), None)

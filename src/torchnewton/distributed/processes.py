@@ -1,0 +1,148 @@
+"""A group of processes: exchanges that are counted, end in time, and name the rank that is missing."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from torchnewton.record import RecordError
+from torchnewton.vectors import Vector, flatten, unflatten
+
+_POLL = 0.05  # seconds
+
+
+class RankError(RuntimeError):
+    """Another rank has failed or does not answer; the message names it."""
+
+
+class ClosureError(RankError, RecordError):
+    """The closure of another rank has failed."""
+
+
+class Processes:
+    """The ranks of a process group of `torch.distributed`, seen from one of them.
+
+    Every method that exchanges is called by all ranks, in the same order. `bytes` counts what this rank has put into
+    exchanges, `messages` their number. An exchange that takes longer than `timeout` seconds raises `RankError`, which
+    names the ranks that did not come to it.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, timeout: float = 600.0) -> None:
+        if not timeout > 0:
+            raise ValueError(f"timeout={timeout} must be a positive number of seconds.")
+        self.group = group
+        self.timeout = timeout
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        if self.rank < 0:
+            raise ValueError("process_group: this process is no member of it; call step on its members only.")
+        self._first = dist.get_global_rank(group, 0)
+        self.bytes = self.messages = self._number = 0
+
+    def spent(self) -> tuple[int, int]:
+        """Bytes and messages since the last call."""
+        found = self.bytes, self.messages
+        self.bytes = self.messages = 0
+        return found
+
+    def sum(self, x: Sequence[Tensor]) -> Vector:
+        """Σ of everyone's x, the same on every rank bit by bit; one message for each dtype."""
+        return self._packed(x, lambda flat: dist.all_reduce(flat, group=self.group, async_op=True))
+
+    def of_first(self, x: Sequence[Tensor]) -> Vector:
+        """What rank 0 has; the others give tensors of the same shapes."""
+        return self._packed(x, lambda flat: dist.broadcast(flat, self._first, group=self.group, async_op=True))
+
+    def table(self, numbers: Sequence[float]) -> list[list[float]]:
+        """Everyone's numbers, in float64, by rank."""
+        row = torch.tensor(numbers, dtype=torch.float64, device=self._device())
+        rows = [torch.empty_like(row) for _ in range(self.size)]
+        self._exchange(row, lambda: dist.all_gather(rows, row, group=self.group, async_op=True))
+        return [[float(v) for v in r] for r in torch.stack(rows).cpu()]
+
+    def numbers_of_first(self, numbers: Sequence[float]) -> list[float]:
+        """The numbers of rank 0, in float64."""
+        (row,) = self.of_first([torch.tensor([float(v) for v in numbers], dtype=torch.float64, device=self._device())])
+        return [float(v) for v in row.cpu()]
+
+    def joined(self, x: Tensor, sizes: Sequence[int]) -> Tensor:
+        """Everyone's flat x, one after the other; `sizes` are their lengths by rank."""
+        longest = max(sizes)
+        mine = torch.cat([x, x.new_zeros(longest - len(x))])
+        found = [torch.empty_like(mine) for _ in sizes]
+        self._exchange(mine, lambda: dist.all_gather(found, mine, group=self.group, async_op=True))
+        return torch.cat([part[:size] for part, size in zip(found, sizes, strict=True)])
+
+    def raise_hand(self, topic: str) -> None:
+        """Tell the others, who may ask at any time, that this rank is done."""
+        self._ask(topic, 1)
+
+    def hands(self, topic: str) -> int:
+        """How many ranks are done, as far as is known now; nobody waits."""
+        return self._ask(topic, 0)
+
+    def _ask(self, topic: str, amount: int) -> int:
+        self.bytes += 8
+        self.messages += 1
+        return int(self.group.get_group_store().add(f"torchnewton/{topic}", amount))
+
+    def agreed(self, number: Tensor) -> Tensor:
+        """The number of rank 0, see `vectors.agreeing`."""
+        (found,) = self.of_first([number])
+        return found
+
+    def _packed(self, x: Sequence[Tensor], launch: Callable[[Tensor], Any]) -> Vector:
+        found: list[Tensor | None] = [None] * len(x)
+        for dtype in dict.fromkeys(t.dtype for t in x):
+            chosen = [i for i, t in enumerate(x) if t.dtype is dtype]
+            like = [x[i] for i in chosen]
+            flat = flatten(like) if len(like) > 1 else like[0].reshape(-1).clone()
+            self._exchange(flat, lambda flat=flat: launch(flat))  # type: ignore[misc]
+            for i, part in zip(chosen, unflatten(flat, like), strict=True):
+                found[i] = part
+        return [t for t in found if t is not None]
+
+    def _exchange(self, payload: Tensor, launch: Callable[[], Any]) -> None:
+        self.bytes += payload.numel() * payload.element_size()
+        self.messages += 1
+        self._number += 1
+        start = time.monotonic()
+        try:
+            launch().wait(timedelta(seconds=self.timeout))
+        except RuntimeError as error:
+            raise RankError(self._who(time.monotonic() - start)) from error
+
+    def _device(self) -> torch.device:
+        cuda = "nccl" in dist.get_backend(self.group)
+        return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+
+    def _who(self, waited: float) -> str:
+        """Name those who do not say in the group's store, within some seconds, that they have met the error, too."""
+        start = f"rank {self.rank}: exchange number {self._number} failed after {waited:.1f} s"
+        try:
+            missing = self._missing()
+        except RuntimeError as error:
+            return f"{start}, and the store of the process group does not answer either: {error}"
+        if not missing:
+            return f"{start}, though every rank has come to it: is the connection between them broken?"
+        names = ", ".join(f"rank {r}" for r in missing)
+        return (
+            f"{start}: {names} did not come to it. It hangs, has ended, or takes another course; its own output tells "
+            f"more. If it is only slow, raise timeout={self.timeout:g} (seconds)."
+        )
+
+    def _missing(self) -> list[int]:
+        store = self.group.get_group_store()
+        key = f"torchnewton/failed/{self._number}"
+        store.set(f"{key}/{self.rank}", "here")
+        missing = [r for r in range(self.size) if r != self.rank]
+        end = time.monotonic() + min(self.timeout, 5.0)
+        while missing and time.monotonic() < end:
+            missing = [r for r in missing if not store.check([f"{key}/{r}"])]
+            time.sleep(_POLL)
+        return missing
