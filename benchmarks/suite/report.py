@@ -58,8 +58,8 @@ one side did not arrive within its time."""
 PROFILES = """## Performance profiles
 
 For each method the share of all tasks that it solves within a factor of the best method on that task (Dolan and Moré,
-arXiv cs/0102001). A task without runs of a method, or on which it fails, counts as not solved; L-BFGS is the better
-of all samples and mini-batches."""
+arXiv cs/0102001). A task without runs of a method, or on which it fails, counts as not solved; methods with runs on
+fewer than half of the tasks are left out. L-BFGS is the better of all samples and mini-batches."""
 
 SENSITIVITY = """## Sensitivity
 

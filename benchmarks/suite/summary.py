@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -102,7 +103,10 @@ def summary_table(rows: dict[str, list[Row]]) -> str:
 
 
 def costs(rows: dict[str, list[Row]], passes: bool) -> Costs:
-    """What the performance profiles are made of: the median cost of each method to the strictest target."""
+    """What the performance profiles are made of: the median cost of each method to the strictest target.
+
+    Without methods that have run on fewer than half of the tasks.
+    """
     found: dict[str, dict[str, float]] = {}
     for name, of_task in rows.items():
         found[name] = {}
@@ -110,7 +114,11 @@ def costs(rows: dict[str, list[Row]], passes: bool) -> Costs:
             goal, method = row.task.targets[-1], profiled(row)
             cost = row.median_passes(goal) if passes else row.median_seconds(goal)
             found[name][method] = min(cost, found[name].get(method, math.inf))
-    return found
+    runs = Counter(method for of_task in found.values() for method in of_task)
+    return {
+        name: {method: cost for method, cost in of_task.items() if 2 * runs[method] >= len(found)}
+        for name, of_task in found.items()
+    }
 
 
 def profiled(row: Row) -> str:
