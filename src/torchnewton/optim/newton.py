@@ -22,7 +22,7 @@ from torchnewton.optim.acceleration import GeodesicAcceleration
 from torchnewton.optim.escape import SaddleEscape
 from torchnewton.optim.glide import GlideState
 from torchnewton.optim.point import Point, penalty
-from torchnewton.optim.regime import EXACT, PLANE, RegimeChoice
+from torchnewton.optim.regime import EXACT, PLANE, RegimeChoice, RegimeState
 from torchnewton.optim.report import StepReport
 from torchnewton.record import (
     BufferSnapshot,
@@ -246,7 +246,7 @@ class Newton(Optimizer):
 
     def _glider(self, params: list[Tensor]) -> HeavyBall | None:
         """What makes the next step if it is to glide."""
-        if self.choice is None or PLANE.glide is None or self._memory["exact"] is not False:
+        if self.choice is None or PLANE.glide is None or self._memory["regime"]["exact"] is not False:
             return None
         return PLANE.glide.solver(GlideState(**self._memory["glide"])) if self._previous_step(params) else None
 
@@ -292,8 +292,10 @@ class Newton(Optimizer):
             return ""
         average, gradient = self._averaged(point)
         with self._timed("search"):
-            self._judge_on_new_data(point)
-        self._choose_regime(point)
+            new_data = self._judge_on_new_data(point)
+        if self._choose_regime(point, new_data):
+            self._return_to_anchor(point.params, "exact steps, on trial, have fitted their batches alone: taken back")
+            return ""
         glider = self._glider(point.params)
         if glider is not None and self.preconditioner is not None:
             self.preconditioner.update(point.recorded, point.share.statistics)
@@ -336,40 +338,56 @@ class Newton(Optimizer):
         failed = glide.has_failed(point.value, before)
         memory["glide"] = asdict(glide.taken_back(state) if failed else glide.passed(state))
         if failed:
-            vectors.add_(point.params, back)
-            self.report.status = f"the last {state.gone} steps, not tested before, had raised the loss: taken back"
+            status = f"the last {state.gone} steps, not tested before, had raised the loss: taken back"
+            self._return_to_anchor(point.params, status)
             self.report.gradient_equivalents += 4 / 3
         return failed
 
     def _prepare_glide(self, point: Point, result: SolveResult) -> None:
         """After a full step over the plane: what the next ones need to glide."""
-        if self.choice is None or self._memory["exact"] or PLANE.glide is None:
+        if self.choice is None or self._memory["regime"]["exact"] or PLANE.glide is None:
             return
         memory, coefficients = self._memory, result.coefficients if self.report.accepted else ()
         state = PLANE.glide.after(GlideState(**memory["glide"]), point.value, coefficients, memory["step"])
         memory["glide"] = asdict(state)
         if state.left > 0:
             self._buffers = point.plain_buffers
-            for p in point.params:
-                self.state[p]["anchor"] = p.detach().clone()
+            self._set_anchor(point.params)
 
-    def _choose_regime(self, point: Point) -> None:
-        """Without arguments: the parts of this step."""
+    def _choose_regime(self, point: Point, new_data: bool) -> bool:
+        """Without arguments: the parts of this step; returns whether the last ones were a trial that has failed."""
         if self.choice is None:
-            return
-        memory, trust = self._memory, self._memory["trust"]
-        before = memory["exact"]
-        if before is None:
-            memory["exact"] = self.choice.starts_exact(point.tape, point.share)
-        elif trust < self.choice.least_trust and self.choice.allows_plane(point.tape):
-            memory["exact"] = False
-        regime = EXACT if memory["exact"] else PLANE
-        self.report.regime = "exact" if memory["exact"] else "plane"
+            return False
+        memory, choice, failed = self._memory, self.choice, False
+        state = before = RegimeState(**memory["regime"])
+        if before.exact is None:
+            state = choice.first(choice.is_cheap(point.tape, point.share))
+        elif choice.allows_plane(point.tape) and not GlideState(**memory["glide"]).gone:
+            state, failed = choice.next(before, memory["step"], new_data)
+        regime = EXACT if state.exact else PLANE
+        self.report.regime = "exact" if state.exact else "plane"
         self.curvature, self.solver, self.damping = regime.curvature, regime.solver, regime.damping
         self.acceleration = regime.acceleration
         self.preconditioner = self._running if regime.preconditioned else None
-        if memory["exact"] != before:
-            memory.update(damping=self.damping.start(), scale=None, last=None)
+        if state.exact != before.exact:
+            damping, scale = state.other or (self.damping.start(), None)
+            state = replace(state, other=None if before.exact is None else (memory["damping"], memory["scale"]))
+            memory.update(damping=damping, scale=scale, last=None)
+            if state.trial:
+                self._set_anchor(point.params)
+        memory["regime"] = asdict(state)
+        return failed
+
+    def _set_anchor(self, params: Iterable[Tensor]) -> None:
+        """Where the next steps may be taken back to."""
+        for p in params:
+            self.state[p]["anchor"] = p.detach().clone()
+
+    def _return_to_anchor(self, params: Iterable[Tensor], status: str) -> None:
+        for p in params:
+            p.copy_(self.state[p].pop("anchor"))
+            self.state[p].pop("last_step", None)
+        self.report.status = status
 
     def _find_scale(self, point: Point, A: LinearOperator, gradient: Vector) -> None:
         """The unit of λ: of the curvature at the first step, of the noise as a running average."""
@@ -387,22 +405,23 @@ class Newton(Optimizer):
                 noise = old or 1.0
             memory["scale"] = noise if old is None else 0.7 * old + 0.3 * noise
 
-    def _judge_on_new_data(self, point: Point) -> None:
+    def _judge_on_new_data(self, point: Point) -> bool:
         """Have the closure's data changed since the last step? Then: has that step helped on them, too?"""
         memory, last = self._memory, self._memory["last"]
         memory["last"] = None
         directions = self._previous_step(point.params)
         if last is None or directions is None or not isinstance(self.damping, LearnsFromNewData):
-            return
+            return False
         damping, ratio, step_length, predicted, value = last
         if abs(point.value - value) <= 1e-6 * abs(value):
-            return
+            return False
         before = point.evaluate(directions, -1.0)
         self.report.loss_evaluations += 1
         new_ratio = _ratio(before - point.value, predicted)
         memory["damping"] = self.damping.update_on_new_data(damping, ratio, step_length, new_ratio)
         if self.choice is not None:
-            memory["trust"] = self.choice.trust(memory["trust"], new_ratio)
+            memory["regime"] = asdict(self.choice.judged(RegimeState(**memory["regime"]), new_ratio))
+        return True
 
     def _previous_step(self, params: Iterable[Tensor]) -> Vector | None:
         """The last step that was made, where it moved the same parameters."""
@@ -597,8 +616,10 @@ class Newton(Optimizer):
         state: dict[str, Any] = self.state[self.param_groups[0]["params"][0]]
         if "damping" not in state:
             scale = 1.0 if self.damping.unit is Unit.ABSOLUTE else None
-            state.update(step=0, damping=self.damping.start(), scale=scale, last=None, exact=None, trust=0.5)
-            state.update(products=False, checked=False, warned=False, glide=asdict(GlideState()))
+            state.update(step=0, damping=self.damping.start(), scale=scale, last=None)
+            state.update(
+                products=False, checked=False, warned=False, glide=asdict(GlideState()), regime=asdict(RegimeState())
+            )
             if self.trust_region is not None:
                 params = [p.detach() for group in self.param_groups for p in group["params"]]
                 state["radius"] = self.trust_region.start(vectors.norm(params))
