@@ -53,10 +53,10 @@ class Glide:
     most: float = 0.9
     alarm: float = 1.3
     tolerance: float = 0.2
-    balance: float = 0.3
+    balance: float = 0.2
     pause: int = 4
-    growth: float = 1.1
-    shrinkage: float = 0.8
+    growth: float = 1.05
+    shrinkage: float = 0.7
     least: float = 0.25
 
     def solver(self, state: GlideState) -> HeavyBall | None:

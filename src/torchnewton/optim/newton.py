@@ -271,6 +271,7 @@ class Newton(Optimizer):
             return False
         slopes = vectors.dot(gradient, result.solution), vectors.dot(gradient, last)
         self._move(params, result.solution, 1.0)
+        memory["last"] = None
         memory["step"] += 1
         memory["glide"] = asdict(glide.glided(state, value, *slopes))
         report.regime, report.solver, report.status = "plane", result.method, result.status.value
@@ -292,8 +293,8 @@ class Newton(Optimizer):
             return ""
         average, gradient = self._averaged(point)
         with self._timed("search"):
-            new_data = self._judge_on_new_data(point)
-        if self._choose_regime(point, new_data):
+            same_data = self._judge_last_step(point)
+        if self._choose_regime(point, same_data):
             self._return_to_anchor(point.params, "exact steps, on trial, have fitted their batches alone: taken back")
             return ""
         glider = self._glider(point.params)
@@ -354,16 +355,16 @@ class Newton(Optimizer):
             self._buffers = point.plain_buffers
             self._set_anchor(point.params)
 
-    def _choose_regime(self, point: Point, new_data: bool) -> bool:
+    def _choose_regime(self, point: Point, same_data: bool) -> bool:
         """Without arguments: the parts of this step; returns whether the last ones were a trial that has failed."""
         if self.choice is None:
             return False
         memory, choice, failed = self._memory, self.choice, False
         state = before = RegimeState(**memory["regime"])
         if before.exact is None:
-            state = choice.first(choice.is_cheap(point.tape, point.share))
+            state = choice.first(point.tape, point.share)
         elif choice.allows_plane(point.tape) and not GlideState(**memory["glide"]).gone:
-            state, failed = choice.next(before, memory["step"], new_data)
+            state, failed = choice.next(before, memory["step"], same_data)
         regime = EXACT if state.exact else PLANE
         self.report.regime = "exact" if state.exact else "plane"
         self.curvature, self.solver, self.damping = regime.curvature, regime.solver, regime.damping
@@ -405,23 +406,24 @@ class Newton(Optimizer):
                 noise = old or 1.0
             memory["scale"] = noise if old is None else 0.7 * old + 0.3 * noise
 
-    def _judge_on_new_data(self, point: Point) -> bool:
-        """Have the closure's data changed since the last step? Then: has that step helped on them, too?"""
+    def _judge_last_step(self, point: Point) -> bool:
+        """Whether the data are those of the last step; if not, some rules ask what that step has done for the new."""
         memory, last = self._memory, self._memory["last"]
         memory["last"] = None
         directions = self._previous_step(point.params)
-        if last is None or directions is None or not isinstance(self.damping, LearnsFromNewData):
+        if last is None or directions is None:
             return False
         damping, ratio, step_length, predicted, value = last
         if abs(point.value - value) <= 1e-6 * abs(value):
-            return False
-        before = point.evaluate(directions, -1.0)
-        self.report.loss_evaluations += 1
-        new_ratio = _ratio(before - point.value, predicted)
-        memory["damping"] = self.damping.update_on_new_data(damping, ratio, step_length, new_ratio)
-        if self.choice is not None:
-            memory["regime"] = asdict(self.choice.judged(RegimeState(**memory["regime"]), new_ratio))
-        return True
+            return True
+        if isinstance(self.damping, LearnsFromNewData):
+            before = point.evaluate(directions, -1.0)
+            self.report.loss_evaluations += 1
+            new_ratio = _ratio(before - point.value, predicted)
+            memory["damping"] = self.damping.update_on_new_data(damping, ratio, step_length, new_ratio)
+            if self.choice is not None:
+                memory["regime"] = asdict(self.choice.judged(RegimeState(**memory["regime"]), new_ratio))
+        return False
 
     def _previous_step(self, params: Iterable[Tensor]) -> Vector | None:
         """The last step that was made, where it moved the same parameters."""
@@ -566,7 +568,7 @@ class Newton(Optimizer):
             memory["damping"] = rule.raised(memory["damping"])
             return
         self._move(point.params, d, found.step_length)
-        if isinstance(rule, LearnsFromNewData):
+        if isinstance(rule, LearnsFromNewData) or self.choice is not None:
             ratio, predicted = report.reduction_ratio, report.predicted_reduction
             memory["last"] = (memory["damping"], ratio, alpha, predicted, found.value)
         memory["damping"] = rule.update(memory["damping"], report.reduction_ratio, alpha, memory["step"] + 1)

@@ -67,13 +67,13 @@ class RegimeState:
 class RegimeChoice:
     """`EXACT` where a factorization is cheap and its steps help on other data, else `PLANE`.
 
-    A factorization is cheap where `Auto` finds one of at most `gradients` gradients or `flops` operations. Then the
-    first step is `EXACT`, and so are all as long as they come with the same data.
+    A factorization is cheap where `Auto` finds one of at most `gradients` gradients or `flops` operations. Then a step
+    on the same data as the last is `EXACT`. The first is made in `PLANE`, since nothing is known of its data.
 
     Where a step comes with other data, the last one is judged on them: its new ratio is the reduction there over the
     reduction predicted. An exact step fits its batch, noise included, and with noise that is no progress: new ratios
-    are near 0. So on changing data a task begins in `PLANE`, and after `first_trial` steps, and each time after four
-    times as many, `EXACT` is on trial for at most `trial` steps. The running average of the new ratios, the newest with
+    are near 0. So on changing data, after `first_trial` steps and each time after four times as many, `EXACT` is on
+    trial for at most `trial` steps. The running average of the new ratios, the newest with
     weight 1 − `memory`, starts at ½; below `trust_in_trial` the trial ends, and the parameters return to where it
     began. Who passes stays, until the average falls below `least_trust`.
 
@@ -104,24 +104,24 @@ class RegimeChoice:
         """Whether Kronecker factors can be made of this tape."""
         return isinstance(tape, Tape) and not any(is_distributed(p) for p in tape.params)
 
-    def first(self, cheap: bool) -> RegimeState:
-        """Before the first step."""
-        return RegimeState(exact=cheap, cheap=cheap, next_trial=self.first_trial)
+    def first(self, tape: Tape | StreamedTape, share: Alone) -> RegimeState:
+        """For the first step."""
+        cheap = self.is_cheap(tape, share)
+        return RegimeState(exact=not self.allows_plane(tape), cheap=cheap, next_trial=self.first_trial)
 
     def judged(self, state: RegimeState, new_ratio: float) -> RegimeState:
         """With one more new ratio, which counts as at most 1 and at least −1."""
         trust = self.memory * state.trust + (1 - self.memory) * min(max(new_ratio, -1.0), 1.0)
         return replace(state, trust=trust)
 
-    def next(self, state: RegimeState, step: int, new_data: bool) -> tuple[RegimeState, bool]:
-        """The state for step number `step`, and whether a trial has failed; `new_data` were met if that is known."""
+    def next(self, state: RegimeState, step: int, same_data: bool) -> tuple[RegimeState, bool]:
+        """The state for step number `step`, and whether a trial has failed."""
         if not state.exact:
+            if state.cheap and same_data:
+                return replace(state, exact=True, trust=0.5), False
             if not state.cheap or step < state.next_trial:
                 return state, False
             return replace(state, exact=True, trust=0.5, trial=self.trial, next_trial=4 * state.next_trial), False
-        if state.trial:
-            failed = state.trust < self.trust_in_trial
-            return replace(state, exact=not failed, trial=0 if failed else state.trial - 1), failed
-        untried = state.next_trial == self.first_trial and step < self.first_trial
-        ends = (untried and new_data) or state.trust < self.least_trust
-        return replace(state, exact=not ends), False
+        failed = state.trial > 0 and state.trust < self.trust_in_trial
+        ends = failed or state.trust < self.least_trust
+        return replace(state, exact=not ends, trial=0 if ends else max(state.trial - 1, 0)), failed
