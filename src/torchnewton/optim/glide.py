@@ -26,7 +26,7 @@ class GlideState:
     left: int = 0
     gone: int = 0
     pause: int = 0
-    factor: float = 0.7
+    factor: float = 0.8
     slope: float = 0.0
     downhill: float = 0.0
     overshot: float = 0.0
