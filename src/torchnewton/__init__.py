@@ -21,7 +21,15 @@ from torchnewton.curvature import (
     complex_step_rule,
     directional_derivative,
 )
-from torchnewton.distributed import DataParallel, Diagonalized, ParameterServer, Quorum, RankError, ServerConnection
+from torchnewton.distributed import (
+    DataParallel,
+    Diagonalized,
+    ParameterServer,
+    Quorum,
+    RankError,
+    ServerConnection,
+    shard,
+)
 from torchnewton.globalization import (
     Armijo,
     AutoDamping,
@@ -143,5 +151,6 @@ __all__ = [
     "outputs",
     "over",
     "record",
+    "shard",
     "spectrum",
 ]

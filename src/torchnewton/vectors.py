@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -39,16 +39,58 @@ def is_distributed(x: Tensor) -> bool:
     return hasattr(x, "full_tensor")
 
 
-def _whole(number: Tensor) -> Tensor:
-    """A number that is a DTensor, summed over the processes."""
-    found: Tensor = number.full_tensor() if is_distributed(number) else number  # type: ignore[attr-defined]
+def _whole(x: Tensor) -> Tensor:
+    """A DTensor as every process has it, a number summed over them; any other tensor as it is."""
+    found: Tensor = x.full_tensor() if is_distributed(x) else x  # type: ignore[attr-defined]
     return found
 
 
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    if is_distributed(a) or is_distributed(b):
-        return _whole((a * b).sum())  # a flat view would gather a tensor that is cut along another dimension
-    return torch.dot(a.reshape(-1), b.reshape(-1))
+def _dots(x: Sequence[Tensor], y: Sequence[Tensor]) -> list[Tensor]:
+    """Numbers whose sum is ⟨x, y⟩; DTensors that lie alike add up where they are, then over the processes, at once."""
+    found, kept = [], []
+    for a, b in zip(x, y, strict=True):
+        if not (is_distributed(a) or is_distributed(b)):
+            found.append(torch.dot(a.reshape(-1), b.reshape(-1)))
+        elif _lie_alike(a, b):
+            kept.append((a, torch.dot(_local(a).reshape(-1), _local(b).reshape(-1))))
+        else:
+            found.append(_whole((a * b).sum()))  # a flat view would gather a tensor that is cut in another dimension
+    return found + _summed(kept)
+
+
+def _lie_alike(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are DTensors on the same mesh, every entry at the same processes and nothing pending."""
+    from torch.distributed.tensor import DTensor
+
+    if not (isinstance(a, DTensor) and isinstance(b, DTensor)):
+        return False
+    alike = a.device_mesh == b.device_mesh and a.placements == b.placements
+    return alike and not any(place.is_partial() for place in a.placements)
+
+
+def _local(x: Tensor) -> Tensor:
+    """What this process has of a DTensor."""
+    local: Tensor = x.detach().to_local()  # type: ignore[attr-defined]
+    return local
+
+
+def _summed(parts: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
+    """For numbers found of the local parts of DTensors: their sums over the processes, one message for each mesh.
+
+    Where several processes have the same part, the first one's counts: so all come to the same number bit by bit.
+    """
+    from torch.distributed.tensor import DTensor, Partial
+
+    totals: dict[Any, list[Tensor]] = {}
+    for x, number in parts:
+        assert isinstance(x, DTensor)  # for mypy
+        place = x.device_mesh.get_coordinate() or [0] * x.device_mesh.ndim
+        counts = not any(at and kind.is_replicate() for at, kind in zip(place, x.placements, strict=True))
+        totals.setdefault(x.device_mesh, []).append(number if counts else torch.zeros_like(number))
+    return [
+        DTensor.from_local(torch.stack(t).sum(), mesh, [Partial()] * mesh.ndim, run_check=False).full_tensor()
+        for mesh, t in totals.items()
+    ]
 
 
 def _agreed(number: Tensor) -> float:
@@ -60,7 +102,7 @@ def dot(x: Sequence[Tensor], y: Sequence[Tensor]) -> float:
     """⟨x, y⟩, summed over all tensors (0 for empty lists)."""
     if not x:
         return 0.0
-    return _agreed(torch.stack([_dot(a, b) for a, b in zip(x, y, strict=True)]).sum())
+    return _agreed(torch.stack(_dots(x, y)).sum())
 
 
 def inner_products(D: Sequence[Sequence[Tensor]], E: Sequence[Sequence[Tensor]]) -> Tensor:
@@ -79,7 +121,21 @@ def norm(x: Sequence[Tensor]) -> float:
 
 def max_abs(x: Sequence[Tensor]) -> float:
     """‖x‖_∞."""
-    return _agreed(torch.stack([_whole(a.abs().max()) for a in x if a.numel()]).max())
+    return _agreed(torch.stack([_max_abs(a) for a in x if a.numel()]).max())
+
+
+def _max_abs(a: Tensor) -> Tensor:
+    if not is_distributed(a):
+        return a.abs().max()
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    assert isinstance(a, DTensor)  # for mypy
+    a = a.redistribute(placements=[Replicate() if place.is_partial() else place for place in a.placements])
+    local = _local(a).abs()  # of which nothing may be here
+    found = local.max() if local.numel() else local.new_zeros(())
+    return DTensor.from_local(
+        found, a.device_mesh, [Partial("max")] * a.device_mesh.ndim, run_check=False
+    ).full_tensor()
 
 
 def add(x: Sequence[Tensor], y: Sequence[Tensor], alpha: float = 1.0) -> Vector:
@@ -110,7 +166,14 @@ def zeros_like(x: Sequence[Tensor]) -> Vector:
 
 def is_finite(x: Sequence[Tensor]) -> bool:
     """True when no entry is NaN or infinite: one pass for the sums, a closer look only where one of them is not."""
-    return all(math.isfinite(float(_whole(a.sum()))) or bool(_whole(torch.isfinite(a).all())) for a in x)
+    cut = [a for a in x if is_distributed(a)]
+    if cut and not all(math.isfinite(float(n)) for n in _summed([(a, _local(a).sum()) for a in cut])):
+        return max_abs([torch.isfinite(a).logical_not().to(a.dtype) for a in cut]) == 0 and is_finite(_plain(x))
+    return all(math.isfinite(float(a.sum())) or bool(torch.isfinite(a).all()) for a in _plain(x))
+
+
+def _plain(x: Sequence[Tensor]) -> Vector:
+    return [a for a in x if not is_distributed(a)]
 
 
 def num_entries(x: Sequence[Tensor]) -> int:
@@ -119,14 +182,26 @@ def num_entries(x: Sequence[Tensor]) -> int:
 
 
 def flatten(x: Sequence[Tensor]) -> Tensor:
-    """One flat tensor of all entries, in order."""
-    return torch.cat([a.reshape(-1) for a in x])
+    """One flat tensor of all entries, in order; of DTensors too, whole on every process."""
+    return torch.cat([_whole(a).reshape(-1) for a in x])
 
 
 def unflatten(flat: Tensor, like: Sequence[Tensor]) -> Vector:
-    """Cut a flat tensor into the shapes of `like`."""
+    """Cut a flat tensor into the shapes of `like`, and into their parts where they are DTensors."""
     parts = flat.split([a.numel() for a in like])
-    return [part.view(a.shape) for part, a in zip(parts, like, strict=True)]
+    return [_laid(part.view(a.shape), a) for part, a in zip(parts, like, strict=True)]
+
+
+def _laid(whole: Tensor, like: Tensor) -> Tensor:
+    """A tensor that every process has, stored as `like` is."""
+    if not is_distributed(like):
+        return whole
+    from torch.distributed.tensor import DTensor, Replicate
+
+    assert isinstance(like, DTensor)  # for mypy
+    mesh = like.device_mesh
+    laid = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return laid.redistribute(placements=like.placements)
 
 
 def symmetric_product(X: Tensor, Y: Tensor, dtype: torch.dtype) -> Tensor:

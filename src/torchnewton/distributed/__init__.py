@@ -1,11 +1,13 @@
 """Several processes: arguments for the parts of a Newton step, and what other methods exchange."""
 
-from torchnewton.distributed.data_parallel import Alone, DataParallel, Share, record_share
+from torchnewton.distributed.data_parallel import Alone, DataParallel, Share
 from torchnewton.distributed.diagonalized import Diagonalized, Quorum
 from torchnewton.distributed.parameter_server import ParameterServer, ServerConnection
 from torchnewton.distributed.partition import DiagonalBlock, Partition
 from torchnewton.distributed.processes import Processes, RankError
+from torchnewton.distributed.recording import record_share
 from torchnewton.distributed.reduced import Reduced
+from torchnewton.distributed.shard import shard, whole_parameters
 from torchnewton.distributed.workers import Workers, find_workers
 
 __all__ = [
@@ -24,4 +26,6 @@ __all__ = [
     "Workers",
     "find_workers",
     "record_share",
+    "shard",
+    "whole_parameters",
 ]

@@ -16,17 +16,12 @@ from torchnewton import vectors
 from torchnewton.curvature import LinearOperator, Shared, noise_parts, noise_scale
 from torchnewton.distributed.processes import ClosureError, Processes
 from torchnewton.distributed.reduced import Reduced, weighted
-from torchnewton.record import Closure, Objective, StreamedTape, Tape, record, tape_of
-from torchnewton.solvers import SolveResult, Status
+from torchnewton.record import Tape, moved
+from torchnewton.solvers import Operator, SolveResult, Status
 from torchnewton.vectors import Vector
 
 Result = TypeVar("Result")
 Table = list[list[float]]
-
-_STREAMED = (
-    "process_group: the batches of tn.over are evaluated in one process. Give every rank a closure on its part of one "
-    "batch, or leave out process_group and DistributedDataParallel."
-)
 
 
 class DataParallel:
@@ -129,6 +124,16 @@ class Alone:
     def operator(self, A: LinearOperator) -> LinearOperator:
         """A."""
         return A
+
+    def preconditioner(self, M: Operator | None) -> Operator | None:
+        """M."""
+        return M
+
+    @contextmanager
+    def moved(self, params: Sequence[Tensor], direction: Sequence[Tensor], length: float) -> Iterator[None]:
+        """See `torchnewton.record.moved`."""
+        with moved(params, direction, length):
+            yield
 
     @property
     def statistics(self) -> Shared | None:
@@ -250,6 +255,10 @@ class Share(Alone):
         """See `Processes.spent`."""
         return self.processes.spent()
 
+    def of_first(self, v: Vector) -> Vector:
+        """What rank 0 has found."""
+        return self.processes.of_first(v)
+
     def agreed(self, result: SolveResult, b: Sequence[Tensor]) -> SolveResult:
         """What rank 0 has found for Ax = b: where processors differ, factorizations do so in rounding, or in status."""
         kinds = list(Status)
@@ -260,41 +269,14 @@ class Share(Alone):
         reuse, shifted = result.reuse or list, result.shifted or (lambda more: result)
         return replace(
             result,
-            solution=self.processes.of_first(result.solution),
+            solution=self.of_first(result.solution),
             residual=None,
             residual_norm=size,
             status=kinds[int(status)],
-            reuse=(lambda rhs: self.processes.of_first(reuse(rhs))) if can_reuse else None,
+            reuse=(lambda rhs: self.of_first(reuse(rhs))) if can_reuse else None,
             shifted=(lambda more: self.agreed(shifted(more), b)) if can_shift else None,
             curvature=curved,
         )
-
-
-def record_share(
-    closure: Closure, params: Sequence[Tensor], parallel: DataParallel | None, *, create_graph: bool = True
-) -> tuple[Tape | StreamedTape, Alone]:
-    """Record a closure; without `parallel` a model under DistributedDataParallel tells its process group."""
-
-    def run() -> Tape:
-        if isinstance(closure, Objective) and closure.is_streamed:
-            raise ValueError(_STREAMED)
-        return record(closure, params, create_graph=create_graph)
-
-    if parallel is not None:
-        if any(vectors.is_distributed(p) for p in params):
-            raise ValueError(
-                "process_group: parameters that are DTensors are summed over by torch itself; leave process_group out "
-                "and give all ranks the same samples."
-            )
-        return Share.recorded(parallel, run)
-    tape = tape_of(closure, params, create_graph=create_graph)
-    group = tape.buffers.process_group
-    if group is None:
-        return tape, Alone()
-    if isinstance(tape, StreamedTape):
-        tape.buffers.restore()
-        raise ValueError(_STREAMED)
-    return Share.recorded(DataParallel(group), lambda: tape)
 
 
 def num_samples(tape: Tape) -> float:

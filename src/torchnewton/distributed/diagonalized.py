@@ -109,6 +109,10 @@ class Diagonalized:
 
     def _in_blocks(self, A: LinearOperator, b: Sequence[Tensor], processes: Processes) -> SolveResult:
         """The joined direction, not finite where that of a rank is not."""
+        if any(map(vectors.is_distributed, b)):
+            raise ValueError(
+                "Diagonalized: parameters that `shard` has cut have no blocks yet; leave shard out, or take NewtonCG."
+            )
         partition = Partition(tuple(x.shape for x in b), processes.size)
         block = DiagonalBlock(A.own(), partition.ranges(processes.rank))
         solver = self._solver(processes)

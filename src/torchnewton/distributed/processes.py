@@ -78,6 +78,13 @@ class Processes:
         self._exchange(mine, lambda: dist.all_gather(found, mine, group=self.group, async_op=True))
         return torch.cat([part[:size] for part, size in zip(found, sizes, strict=True)])
 
+    def part_of_sum(self, parts: Sequence[Tensor]) -> Tensor:
+        """Σ of what everyone has for this rank; `parts` are flat, one for each rank, all of one length."""
+        mine = torch.empty_like(parts[self.rank])
+        packed = torch.stack(list(parts))
+        self._exchange(packed, lambda: dist.reduce_scatter(mine, list(packed), group=self.group, async_op=True))
+        return mine
+
     def raise_hand(self, topic: str) -> None:
         """Tell the others, who may ask at any time, that this rank is done."""
         self._ask(topic, 1)

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from torchnewton import vectors
 from torchnewton.curvature import KFAC, Average, Diagonal, GaussNewton, LinearOperator, Shared
-from torchnewton.distributed import DataParallel, record_share
+from torchnewton.distributed import DataParallel, record_share, whole_parameters
 from torchnewton.globalization import Armijo, AutoDamping, Damping, LearnsFromNewData, LineSearch, TrustRegion, Unit
 from torchnewton.optim.acceleration import GeodesicAcceleration
 from torchnewton.optim.escape import SaddleEscape
@@ -188,6 +188,10 @@ class Newton(Optimizer):
         pairs = [(p, group["weight_decay"]) for group in self.param_groups for p in group["params"] if p.requires_grad]
         if not pairs:
             raise ValueError(f"{type(self).__name__}.step: no parameter of the optimizer requires a gradient.")
+        with whole_parameters([p for p, _ in pairs], self.data_parallel):
+            return self._step(closure, curvature, pairs)
+
+    def _step(self, closure: Closure, curvature: Closure | None, pairs: list[tuple[Tensor, float]]) -> Any:
         self.report = StepReport(damping=self._memory["damping"] * (self._memory["scale"] or 1.0))
         if self.trust_region is not None:
             self.report.radius = self.radius
@@ -356,7 +360,8 @@ class Newton(Optimizer):
             self.preconditioner.update(point.recorded, point.share.statistics)
         while True:
             damping = report.damping = memory["damping"] * memory["scale"]
-            result = solver.solve(A + damping, rhs, start, self.inverse_at(gradient, damping))
+            M = point.share.preconditioner(self.inverse_at(gradient, damping))
+            result = solver.solve(A + damping, rhs, start, M)
             result = point.share.agreed(result, rhs)
             raised = self.damping.raised(memory["damping"])
             if result.status is not Status.NOT_POSITIVE_DEFINITE or raised <= memory["damping"]:
