@@ -189,11 +189,11 @@ def flatten(x: Sequence[Tensor]) -> Tensor:
 def unflatten(flat: Tensor, like: Sequence[Tensor]) -> Vector:
     """Cut a flat tensor into the shapes of `like`, and into their parts where they are DTensors."""
     parts = flat.split([a.numel() for a in like])
-    return [_laid(part.view(a.shape), a) for part, a in zip(parts, like, strict=True)]
+    return [stored_like(part.view(a.shape), a) for part, a in zip(parts, like, strict=True)]
 
 
-def _laid(whole: Tensor, like: Tensor) -> Tensor:
-    """A tensor that every process has, stored as `like` is."""
+def stored_like(whole: Tensor, like: Tensor) -> Tensor:
+    """A tensor that every process has, cut as `like` is where that is a DTensor; no message."""
     if not is_distributed(like):
         return whole
     from torch.distributed.tensor import DTensor, Replicate

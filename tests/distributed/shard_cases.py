@@ -214,11 +214,29 @@ def on_stored(rank: int, size: int) -> Any:
         "gradients": gradients,
         "loaded": loaded,
         "between": torch.equal(whole_of(again), whole_of(model)),
-        "refused": message_of(lambda: model.load_state_dict({**plain.state_dict(), "scale": torch.zeros(2)})),
         "outputs": (model(data[0]) - again(data[0])).norm().item(),
         "single": (optimizer.report.accepted, whole_of(copied).dtype),
-        "tied": model.again.weight is model.middle.weight,
+        "tied": model.again._parameters["weight"] is model.middle._parameters["weight"],
+        "refused": message_of(lambda: model.load_state_dict({**plain.state_dict(), "scale": torch.zeros(2)})),
     }
+
+
+def saddle_steps(cut: bool) -> Any:
+    """At a saddle, where the gradient vanishes: Lanczos finds the way out."""
+    model = nn.Sequential(nn.Linear(5, 7, bias=False), nn.Tanh(), nn.Linear(7, 3, bias=False)).double()
+    for p in model.parameters():
+        p.data.zero_()
+    optimizer = tn.NewtonKrylov((tn.shard(model) if cut else model).parameters())
+    x = make_batch()[0]
+    found = []
+    for _ in range(4):
+        optimizer.step(lambda: F.mse_loss(model(x), x[:, :3]))
+        found.append((optimizer.report.solver, optimizer.report.loss))
+    return whole_of(model), found
+
+
+def on_saddle(rank: int, size: int) -> Any:
+    return saddle_steps(True)
 
 
 class Text(nn.Module):

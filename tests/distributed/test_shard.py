@@ -6,7 +6,7 @@ import pytest
 import torch
 from ranks import launch
 from reference import assert_close
-from shard_cases import METHODS, OTHERS, SHORT, make_model, text_steps, whole
+from shard_cases import METHODS, OTHERS, SHORT, make_model, saddle_steps, text_steps, whole
 
 import torchnewton as tn
 
@@ -100,6 +100,15 @@ def test_a_stored_module_looks_as_before(ranks):
             assert_close(gradient, there)
     rows = [sum(column) for column in zip(*(rank["on_stored"]["rows"] for rank in ranks), strict=True)]
     assert rows == [len(p) if p.dim() else 4 for p in make_model().parameters()]
+
+
+def test_a_saddle_is_left_as_in_one_process(ranks):
+    theta, steps = saddle_steps(False)
+    assert steps[0][0] == "negative curvature"
+    assert steps[-1][1] < 0.9 * steps[0][1]
+    for rank in ranks:
+        assert [solver for solver, _ in rank["on_saddle"][1]] == [solver for solver, _ in steps]
+        assert_close(rank["on_saddle"][0], theta, 1e-9)
 
 
 def test_layers_of_many_kinds(ranks):
