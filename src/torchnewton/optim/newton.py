@@ -19,6 +19,7 @@ from torchnewton.curvature import KFAC, Average, Diagonal, GaussNewton, LinearOp
 from torchnewton.distributed import DataParallel, record_share, whole_parameters
 from torchnewton.globalization import Armijo, AutoDamping, Damping, LearnsFromNewData, LineSearch, TrustRegion, Unit
 from torchnewton.optim.acceleration import GeodesicAcceleration
+from torchnewton.optim.complete_state import as_before, completed, mark_initialized
 from torchnewton.optim.escape import SaddleEscape
 from torchnewton.optim.point import Point
 from torchnewton.optim.regime import EXACT, PLANE, RegimeChoice
@@ -149,6 +150,7 @@ class Newton(Optimizer):
         self.retries = retries
         self.data_parallel = DataParallel.of(process_group)
         self.report = StepReport()
+        mark_initialized(self)
 
     @property
     def radius(self) -> float:
@@ -164,18 +166,27 @@ class Newton(Optimizer):
         return None if self.preconditioner is None else self.preconditioner.inverse(damping)
 
     def state_dict(self) -> dict[str, Any]:
-        """See `torch.optim.Optimizer.state_dict`; that of the preconditioner is in it."""
+        """See `torch.optim.Optimizer.state_dict`; that of the preconditioner is in it.
+
+        Complete before the first step, too, so that `torch.distributed.checkpoint` finds every place to load into.
+        """
+        first = self._first_memory()
         if self._running is not None:
-            self._memory["preconditioner"] = self._running.state_dict()
-        return super().state_dict()
+            first["preconditioner"] = self._running.state_dict()
+        names = ["last_step"] * (self.choice is not None or self._needs_last_step) + ["momentum"] * (self.momentum > 0)
+        return completed(self, super().state_dict(), first, lambda p, _: {name: torch.zeros_like(p) for name in names})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """See `torch.optim.Optimizer.load_state_dict`."""
-        states = {i: dict(state) for i, state in state_dict["state"].items()}
-        kept = [state.pop("preconditioner") for state in states.values() if "preconditioner" in state]
-        super().load_state_dict({**state_dict, "state": states})  # which casts tensors to the parameters' dtype
+        state_dict = as_before(state_dict, [*self._first_memory(), "preconditioner"])
+        kept = [state.pop("preconditioner") for state in state_dict["state"].values() if "preconditioner" in state]
+        super().load_state_dict(state_dict)  # which casts tensors to the parameters' dtype
         if self._running is not None and kept:
             self._running.load_state_dict(kept[0])
+
+    @property
+    def _needs_last_step(self) -> bool:
+        return isinstance(self.damping, LearnsFromNewData) or isinstance(self.solver, UsesPreviousStep)
 
     @torch.no_grad()
     def step(self, closure: Closure | None = None, curvature: Closure | None = None) -> Any:
@@ -457,7 +468,7 @@ class Newton(Optimizer):
         if isinstance(rule, LearnsFromNewData):
             ratio, predicted = report.reduction_ratio, report.predicted_reduction
             memory["last"] = (memory["damping"], ratio, alpha, predicted, found.value)
-        if isinstance(rule, LearnsFromNewData) or isinstance(self.solver, UsesPreviousStep):
+        if self._needs_last_step:
             for p, x in zip(point.params, d, strict=True):
                 self.state[p]["last_step"] = x * found.step_length
         memory["damping"] = rule.update(memory["damping"], report.reduction_ratio, alpha, memory["step"] + 1)
@@ -498,13 +509,18 @@ class Newton(Optimizer):
         """What the optimizer remembers between steps; kept, as in `torch.optim.LBFGS`, with the first parameter."""
         state: dict[str, Any] = self.state[self.param_groups[0]["params"][0]]
         if "damping" not in state:
-            scale = 1.0 if self.damping.unit is Unit.ABSOLUTE else None
-            state.update(step=0, damping=self.damping.start(), scale=scale, last=None, exact=None, trust=0.5)
-            state.update(products=False, checked=False, warned=False)
-            if self.trust_region is not None:
-                params = [p.detach() for group in self.param_groups for p in group["params"]]
-                state["radius"] = self.trust_region.start(vectors.norm(params))
+            state.update(self._first_memory())
         return state
+
+    def _first_memory(self) -> dict[str, Any]:
+        """Of an optimizer that has made no step."""
+        scale = 1.0 if self.damping.unit is Unit.ABSOLUTE else None
+        found = {"step": 0, "damping": self.damping.start(), "scale": scale, "last": None, "exact": None, "trust": 0.5}
+        found.update(products=False, checked=False, warned=False)
+        if self.trust_region is not None:
+            params = [p.detach() for group in self.param_groups for p in group["params"]]
+            found["radius"] = self.trust_region.start(vectors.norm(params))
+        return found
 
     @contextmanager
     def _timed(self, part: str) -> Iterator[None]:
