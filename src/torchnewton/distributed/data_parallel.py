@@ -16,7 +16,7 @@ from torchnewton import vectors
 from torchnewton.curvature import LinearOperator, Shared, noise_parts, noise_scale
 from torchnewton.distributed.processes import ClosureError, Processes
 from torchnewton.distributed.reduced import Reduced, weighted
-from torchnewton.record import Tape, moved
+from torchnewton.record import StreamedTape, Tape, moved
 from torchnewton.solvers import Operator, SolveResult, Status
 from torchnewton.vectors import Vector
 
@@ -120,6 +120,10 @@ class Alone:
     def reduced(self, v: Vector) -> Vector:
         """v."""
         return v
+
+    def gradient(self, tape: Tape | StreamedTape) -> Vector:
+        """∇f."""
+        return self.reduced(tape.gradient)
 
     def operator(self, A: LinearOperator) -> LinearOperator:
         """A."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from torchnewton.distributed.processes import Processes
+from torchnewton.distributed.reduced import weighted
 from torchnewton.vectors import Vector, is_distributed
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 MESH = "torchnewton.shard"  # the name of the only dimension of the meshes that `shard` makes
-_MESSAGE = 2**22  # numbers in a message, at least those of one tensor
+_MESSAGE = 2**20  # numbers in a message, at least those of one tensor
 
 
 def is_shard(x: Tensor) -> bool:
@@ -45,7 +46,7 @@ class Layout:
     filled up to one length.
 
     Cost: P numbers received in `gathered`, P sent in `summed`, P the number of entries. Memory: the whole vector, and
-    twice a message.
+    a message.
     """
 
     def __init__(self, params: Sequence[Tensor], processes: Processes) -> None:
@@ -56,25 +57,26 @@ class Layout:
         """The whole of a vector, plain on every rank; new memory for what is cut or was a DTensor."""
         whole: Vector = [as_dtensor(x).to_local().clone() if is_distributed(x) else x for x in v]
         for chosen in self._messages():
-            mine = torch.cat([as_dtensor(v[i]).to_local().reshape(-1) for i in chosen])
-            sizes = self._sizes(chosen)
-            parts = self.processes.joined(mine, sizes).split(sizes)
+            mine = [as_dtensor(v[i]).to_local().reshape(-1) for i in chosen]
+            parts = self.processes.parts(torch.cat(mine) if len(mine) > 1 else mine[0], max(self._sizes(chosen)))
             by_rank = [self._split(part, chosen, r) for r, part in enumerate(parts)]
             for position, i in enumerate(chosen):
                 whole[i] = torch.cat([pieces[position] for pieces in by_rank]).view(self.params[i].shape)
         return whole
 
-    def summed(self, whole: Sequence[Tensor]) -> Vector:
-        """Σ over the ranks of whole vectors, laid like the parameters: each rank receives its part."""
+    def summed(self, whole: Vector, weight: float) -> Vector:
+        """weight · whole vector, summed over the ranks and laid like the parameters: each rank receives its part.
+
+        The list is taken over: its tensors are let go as they are sent.
+        """
         total: list[Tensor | None] = [None] * len(whole)
         for chosen in self._messages():
-            longest = max(self._sizes(chosen))
-            parts = [self._part(whole, chosen, r, longest) for r in range(self.processes.size)]
-            mine = self.processes.part_of_sum(parts)
+            mine = self.processes.part_of_sum(self._packed(whole, chosen, weight))
             for i, piece in zip(chosen, self._split(mine, chosen, self.processes.rank), strict=True):
-                total[i] = self._laid(piece.clone(), i)
+                total[i] = self._laid(piece.clone() if len(chosen) > 1 else piece, i)
+                whole[i] = mine
         others = [i for i, cut in enumerate(self.is_cut) if not cut]
-        for i, found in zip(others, self.processes.sum([whole[i] for i in others]), strict=True):
+        for i, found in zip(others, self.processes.sum(weighted([whole[i] for i in others], weight)), strict=True):
             total[i] = self._laid(found, i)
         return [x for x in total if x is not None]
 
@@ -119,10 +121,15 @@ class Layout:
         lengths = self._lengths(chosen, rank)
         return list(part[: sum(lengths)].split(lengths))
 
-    def _part(self, whole: Sequence[Tensor], chosen: Sequence[int], rank: int, longest: int) -> Tensor:
-        """What a rank receives of a message, filled up."""
-        flat = torch.cat([whole[i][self._rows(i, rank)].reshape(-1) for i in chosen])
-        return torch.cat([flat, flat.new_zeros(longest - len(flat))])
+    def _packed(self, whole: Sequence[Tensor], chosen: Sequence[int], weight: float) -> Tensor:
+        """What each rank receives of a message, a row for each, filled up; 0 for the weight 0, whatever is there."""
+        size = self.processes.size
+        rows = whole[chosen[0]].new_zeros(size, max(self._sizes(chosen)))
+        for rank in range(size if weight else 0):
+            pieces = [whole[i][self._rows(i, rank)].reshape(-1) for i in chosen]
+            for place, piece in zip(self._split(rows[rank], chosen, rank), pieces, strict=True):
+                torch.mul(piece, weight, out=place)
+        return rows
 
     def _laid(self, local: Tensor, i: int) -> Tensor:
         p = self.params[i]

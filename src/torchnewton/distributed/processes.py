@@ -72,17 +72,19 @@ class Processes:
 
     def joined(self, x: Tensor, sizes: Sequence[int]) -> Tensor:
         """Everyone's flat x, one after the other; `sizes` are their lengths by rank."""
-        longest = max(sizes)
-        mine = torch.cat([x, x.new_zeros(longest - len(x))])
-        found = [torch.empty_like(mine) for _ in sizes]
-        self._exchange(mine, lambda: dist.all_gather(found, mine, group=self.group, async_op=True))
-        return torch.cat([part[:size] for part, size in zip(found, sizes, strict=True)])
+        return torch.cat([part[:size] for part, size in zip(self.parts(x, max(sizes)), sizes, strict=True)])
 
-    def part_of_sum(self, parts: Sequence[Tensor]) -> Tensor:
-        """Σ of what everyone has for this rank; `parts` are flat, one for each rank, all of one length."""
-        mine = torch.empty_like(parts[self.rank])
-        packed = torch.stack(list(parts))
-        self._exchange(packed, lambda: dist.reduce_scatter(mine, list(packed), group=self.group, async_op=True))
+    def parts(self, x: Tensor, longest: int) -> list[Tensor]:
+        """Everyone's flat x, each filled up to a length that all know."""
+        mine = torch.cat([x, x.new_zeros(longest - len(x))]) if len(x) < longest else x
+        found = [torch.empty_like(mine) for _ in range(self.size)]
+        self._exchange(mine, lambda: dist.all_gather(found, mine, group=self.group, async_op=True))
+        return found
+
+    def part_of_sum(self, rows: Tensor) -> Tensor:
+        """This rank's row of Σ `rows` over the ranks; a row for each rank."""
+        mine = torch.empty_like(rows[self.rank])
+        self._exchange(rows, lambda: dist.reduce_scatter(mine, list(rows), group=self.group, async_op=True))
         return mine
 
     def raise_hand(self, topic: str) -> None:

@@ -12,9 +12,9 @@ from torchnewton import vectors
 from torchnewton.curvature import Estimate, LinearOperator
 from torchnewton.distributed.data_parallel import DataParallel, Share, Table
 from torchnewton.distributed.layout import Layout
-from torchnewton.distributed.reduced import Reduced, weighted
+from torchnewton.distributed.reduced import Reduced
 from torchnewton.distributed.shard import present
-from torchnewton.record import moved
+from torchnewton.record import StreamedTape, Tape, moved
 from torchnewton.solvers import Operator
 from torchnewton.vectors import Vector
 
@@ -28,9 +28,16 @@ class ShardedShare(Share):
         assert whole is not None  # `record_share` asks
         self.whole = whole
 
+    def gradient(self, tape: Tape | StreamedTape) -> Vector:
+        """This rank's part of ∇f; the whole one is given back."""
+        found = self.reduced(tape.gradient)
+        if isinstance(tape, Tape):
+            tape.forget_gradient()
+        return found
+
     def reduced(self, v: Vector) -> Vector:
         """This rank's part of Σ wᵣvᵣ."""
-        return self.whole.layout.summed(weighted(v, self.weight))
+        return self.whole.layout.summed(list(v), self.weight)
 
     def operator(self, A: LinearOperator) -> LinearOperator:
         """Σ wᵣAᵣ on parts of vectors."""
@@ -93,16 +100,13 @@ class ShardedReduced(Reduced):
         self.layout = layout
         self.domain = self.codomain = layout.params
 
-    def _sum_cut(self, whole: Sequence[Tensor]) -> Vector:
-        return self.layout.summed(weighted(whole, self.weight))
-
     def apply(self, v: Sequence[Tensor]) -> Vector:
         """See `LinearOperator.apply`."""
-        return self._sum_cut(self.local.apply(self.layout.gathered(v)))
+        return self.layout.summed(self.local.apply(self.layout.gathered(v)), self.weight)
 
     def adjoint(self, u: Sequence[Tensor]) -> Vector:
         """Σ wᵣAᵣᵀu."""
-        return self._sum_cut(self.local.adjoint(self.layout.gathered(u)))
+        return self.layout.summed(self.local.adjoint(self.layout.gathered(u)), self.weight)
 
     def apply_each(self, vs: Sequence[Vector]) -> list[Vector]:
         """One after the other, which takes the memory of one."""

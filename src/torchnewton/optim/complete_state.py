@@ -1,8 +1,8 @@
 """Optimizer states as `torch.distributed.checkpoint` needs them: one form before the first step and after any.
 
 It loads into the places that the `state_dict` of the new optimizer has, wants an entry for every parameter that
-requires a gradient, and leaves out those that are frozen. It knows parameters by name: an optimizer that keeps something
-with its first parameter has to be made anew with its parameters in the same order.
+requires a gradient, and leaves out those that are frozen. It knows parameters by name: an optimizer that keeps more
+with its first parameter has to be made anew with the parameters in the same order.
 """
 
 from __future__ import annotations

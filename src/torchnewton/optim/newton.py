@@ -365,7 +365,8 @@ class Newton(Optimizer):
     def _solve(self, point: Point, solver: Solver, A: LinearOperator, gradient: Vector) -> SolveResult:
         """The direction; a factorization that meets a matrix which rounding has made indefinite raises λ."""
         report, memory = self.report, self._memory
-        rhs = point.tape.descent if gradient is point.tape.gradient else vectors.scale(gradient, -1.0)
+        alone = point.share.parallel is None
+        rhs = point.tape.descent if alone and gradient is point.tape.gradient else vectors.scale(gradient, -1.0)
         start = self._previous_step(point) if isinstance(solver, UsesPreviousStep) else None
         if self.preconditioner is not None:
             self.preconditioner.update(point.recorded, point.share.statistics)

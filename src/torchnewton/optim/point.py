@@ -38,7 +38,7 @@ class Point:
         self.value = self.loss + self._penalty()
         self.gradient: Vector = [
             g if w == 0 else g + w * p.detach()
-            for g, p, w in zip(self.share.reduced(self.tape.gradient), self.params, self.weight_decay, strict=True)
+            for g, p, w in zip(self.share.gradient(self.tape), self.params, self.weight_decay, strict=True)
         ]
 
     @property
