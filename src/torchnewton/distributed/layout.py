@@ -56,13 +56,26 @@ class Layout:
     def gathered(self, v: Sequence[Tensor]) -> Vector:
         """The whole of a vector, plain on every rank; new memory for what is cut or was a DTensor."""
         whole: Vector = [as_dtensor(x).to_local().clone() if is_distributed(x) else x for x in v]
+        for i, x in self._received(v):
+            whole[i] = x
+        return whole
+
+    def gather_into(self, whole: Sequence[Tensor], v: Sequence[Tensor]) -> None:
+        """Write the whole of a vector over another one."""
+        for x, new, cut in zip(whole, v, self.is_cut, strict=True):
+            if is_distributed(new) and not cut:
+                x.copy_(as_dtensor(new).to_local())
+        for i, new in self._received(v):
+            whole[i].copy_(new)
+
+    def _received(self, v: Sequence[Tensor]) -> Iterator[tuple[int, Tensor]]:
+        """What is cut, whole, with its position."""
         for chosen in self._messages():
             mine = [as_dtensor(v[i]).to_local().reshape(-1) for i in chosen]
             parts = self.processes.parts(torch.cat(mine) if len(mine) > 1 else mine[0], max(self._sizes(chosen)))
             by_rank = [self._split(part, chosen, r) for r, part in enumerate(parts)]
             for position, i in enumerate(chosen):
-                whole[i] = torch.cat([pieces[position] for pieces in by_rank]).view(self.params[i].shape)
-        return whole
+                yield i, torch.cat([pieces[position] for pieces in by_rank]).view(self.params[i].shape)
 
     def summed(self, whole: Vector, weight: float) -> Vector:
         """weight · whole vector, summed over the ranks and laid like the parameters: each rank receives its part.

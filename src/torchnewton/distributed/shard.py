@@ -146,10 +146,7 @@ class Whole:
 
     def renew(self) -> None:
         """Take over the parameters' present values; a recorded graph stays valid once the old ones are back."""
-        cut = [p.detach() if is_shard(p) else p for p in self.params]
-        for whole, now in zip(self.tensors, self.layout.gathered(cut), strict=True):
-            if whole is not now:
-                whole.data.copy_(now)
+        self.layout.gather_into([w.data for w in self.tensors], [p.detach() for p in self.params])
 
     def release(self) -> None:
         """Give the memory back, though a preconditioner may remember the tensors for their shapes: one NaN is left."""
