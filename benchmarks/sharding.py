@@ -18,7 +18,6 @@ import gc
 import json
 import multiprocessing
 import tempfile
-import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -97,14 +96,11 @@ def work(rank: int, size: int, cut: bool, folder: str, steps: int) -> None:
         momentum=0.5,
         process_group=group,
     )
-    seconds = []
     gc.collect()
     CLEAR.write_text("5")  # the peak begins anew
     resting = kilobytes("VmRSS")
     for _ in range(steps):
-        start = time.perf_counter()
         optimizer.step(lambda: F.cross_entropy(model(x), y))
-        seconds.append(time.perf_counter() - start)
     params = sum(memory(model.parameters()).values())
     state = sum(memory(v for s in optimizer.state.values() for v in s.values() if isinstance(v, Tensor)).values())
     held = solver.held - before
@@ -116,7 +112,6 @@ def work(rank: int, size: int, cut: bool, folder: str, steps: int) -> None:
         "vectors": (solver.in_parts if cut else held) - params - state,
         "whole": held - solver.in_parts if cut else 0,
         "peak": 1024 * (kilobytes("VmHWM") - resting),
-        "seconds": sorted(seconds)[len(seconds) // 2],
         "bytes exchanged": optimizer.report.bytes_communicated,
     }
     Path(folder, f"{rank}.json").write_text(json.dumps(row))
@@ -140,13 +135,13 @@ def table(rows: list[dict[str, Any]]) -> str:
     names = ["parameters", "state", "vectors", "whole", "peak"]
     lines = [
         "| ranks | parameters are | parameters | optimizer state | other vectors in a solve | whole, for the step | "
-        "growth of the process at its peak | s a step |",
-        "|---|---|---|---|---|---|---|---|",
+        "growth of the process at its peak |",
+        "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         numbers = " | ".join(f"{row[name] / 1e6:.1f}" for name in names)
         kind = "in parts" if row["in parts"] else "on every rank"
-        lines.append(f"| {row['ranks']} | {kind} | {numbers} | {row['seconds']:.2f} |")
+        lines.append(f"| {row['ranks']} | {kind} | {numbers} |")
     return "\n".join(lines)
 
 

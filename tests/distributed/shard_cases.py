@@ -251,6 +251,7 @@ class Text(nn.Module):
         self.inner = nn.Linear(6, 6, bias=False)
         self.inner.weight.requires_grad_(False)
         self.bias = nn.ParameterList([torch.zeros(9)])
+        self.register_buffer("mask", torch.tensor([True, False]))
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.rnn(self.embedding(x))[0]

@@ -43,9 +43,9 @@ def shard(module: nn.Module, mesh: DeviceMesh | None = None) -> nn.Module:
         module: may use a parameter several times or in several places. Parameters that are frozen are cut, too.
         mesh: a mesh of one dimension; by default all ranks.
 
-    Cost: in a step, P numbers received for each product and P sent, likewise for the gradient, 2P received for each
-    evaluation elsewhere. Memory of a rank: P / ranks for the parameters and each vector, and within the step, for a
-    while, the whole parameters, gradient and one vector with its product.
+    Cost: in a step, P numbers received for each product and P sent, P sent for the gradient, 2P received for each
+    evaluation elsewhere. Memory of a rank: P / ranks for the parameters and each vector; P for the whole parameters
+    until the step ends; and within a product 2P for the whole vector and the result.
     Errors: `ValueError` for a mesh of more dimensions, parameters that are DTensors already, and modules that are under
     `DistributedDataParallel` or FSDP.
     """
