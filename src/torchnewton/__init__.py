@@ -21,7 +21,15 @@ from torchnewton.curvature import (
     complex_step_rule,
     directional_derivative,
 )
-from torchnewton.distributed import DataParallel, Diagonalized, ParameterServer, Quorum, RankError, ServerConnection
+from torchnewton.distributed import (
+    DataParallel,
+    Diagonalized,
+    ParameterServer,
+    Quorum,
+    RankError,
+    ServerConnection,
+    partition,
+)
 from torchnewton.globalization import (
     Armijo,
     AutoDamping,
@@ -142,6 +150,7 @@ __all__ = [
     "directional_derivative",
     "outputs",
     "over",
+    "partition",
     "record",
     "spectrum",
 ]

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,7 +17,21 @@ from torch import Tensor
 Vector: TypeAlias = list[Tensor]
 Agreement: TypeAlias = Callable[[Tensor], Tensor]
 
+
+class Exchange(Protocol):
+    """Sums and maxima of a number over all processes that hold parts of DTensors."""
+
+    def sum(self, number: Tensor, /) -> Tensor:
+        """Σ over the processes."""
+        ...
+
+    def max(self, number: Tensor, /) -> Tensor:
+        """The largest."""
+        ...
+
+
 _AGREEMENT: ContextVar[Agreement | None] = ContextVar("agreement", default=None)
+_EXCHANGE: ContextVar[Exchange | None] = ContextVar("exchange", default=None)
 
 
 @contextmanager
@@ -32,6 +46,16 @@ def agreeing(agreement: Agreement | None) -> Iterator[None]:
         yield
     finally:
         _AGREEMENT.reset(token)
+
+
+@contextmanager
+def exchanging(exchange: Exchange) -> Iterator[None]:
+    """Let numbers of DTensors inside the block be summed by `exchange`; else each mesh does it, a message a tensor."""
+    token = _EXCHANGE.set(exchange)
+    try:
+        yield
+    finally:
+        _EXCHANGE.reset(token)
 
 
 def is_distributed(x: Tensor) -> bool:
@@ -51,6 +75,30 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
     return torch.dot(a.reshape(-1), b.reshape(-1))
 
 
+def _local(a: Tensor, like: Tensor) -> Tensor:
+    """What is here of a DTensor that is cut as another one."""
+    found: Tensor = a.redistribute(placements=like.placements).to_local()  # type: ignore[attr-defined]
+    return found
+
+
+def _counted_once(a: Tensor) -> Tensor:
+    """What is here of a DTensor, zeros where another process has the same: over the processes they add up to a."""
+    here = zip(a.placements, a.device_mesh.get_coordinate(), strict=True)  # type: ignore[attr-defined]
+    first = all(placement.is_shard() or coordinate == 0 for placement, coordinate in here)
+    return _local(a, a) if first else torch.zeros_like(_local(a, a))
+
+
+def _total(x: Sequence[Tensor], numbers: Callable[[int], Tensor], parts: Callable[[int], Tensor]) -> Tensor:
+    """Σ of `numbers(i)` over i; by `exchanging`, of `parts(i)` here where xᵢ is a DTensor, and one sum of these."""
+    exchange = _EXCHANGE.get()
+    cut = [i for i, a in enumerate(x) if exchange is not None and is_distributed(a)]
+    plain = [i for i in range(len(x)) if i not in set(cut)]
+    found = [torch.stack([numbers(i) for i in plain]).sum()] if plain else []
+    if exchange is not None and cut:
+        found.append(exchange.sum(torch.stack([parts(i) for i in cut]).sum()))
+    return found[0] if len(found) == 1 else found[0] + found[1]
+
+
 def _agreed(number: Tensor) -> float:
     agreement = _AGREEMENT.get()
     return float(number if agreement is None else agreement(number))
@@ -60,7 +108,7 @@ def dot(x: Sequence[Tensor], y: Sequence[Tensor]) -> float:
     """⟨x, y⟩, summed over all tensors (0 for empty lists)."""
     if not x:
         return 0.0
-    return _agreed(torch.stack([_dot(a, b) for a, b in zip(x, y, strict=True)]).sum())
+    return _agreed(_total(x, lambda i: _dot(x[i], y[i]), lambda i: _dot(_counted_once(x[i]), _local(y[i], x[i]))))
 
 
 def inner_products(D: Sequence[Sequence[Tensor]], E: Sequence[Sequence[Tensor]]) -> Tensor:
@@ -79,7 +127,12 @@ def norm(x: Sequence[Tensor]) -> float:
 
 def max_abs(x: Sequence[Tensor]) -> float:
     """‖x‖_∞."""
-    return _agreed(torch.stack([_whole(a.abs().max()) for a in x if a.numel()]).max())
+    exchange, found = _EXCHANGE.get(), [a for a in x if a.numel()]
+    if exchange is None or not any(is_distributed(a) for a in found):
+        return _agreed(torch.stack([_whole(a.abs().max()) for a in found]).max())
+    parts = [_local(a, a) if is_distributed(a) else a for a in found]
+    here = [a.abs().max() for a in parts if a.numel()]
+    return _agreed(exchange.max(torch.stack(here).max() if here else parts[0].new_zeros(())))
 
 
 def add(x: Sequence[Tensor], y: Sequence[Tensor], alpha: float = 1.0) -> Vector:
@@ -110,7 +163,15 @@ def zeros_like(x: Sequence[Tensor]) -> Vector:
 
 def is_finite(x: Sequence[Tensor]) -> bool:
     """True when no entry is NaN or infinite: one pass for the sums, a closer look only where one of them is not."""
+    if _EXCHANGE.get() is not None and any(is_distributed(a) for a in x):
+        bad = _total(x, lambda i: _num_bad(x[i]), lambda i: _num_bad(_local(x[i], x[i])))
+        return float(bad) == 0
     return all(math.isfinite(float(_whole(a.sum()))) or bool(_whole(torch.isfinite(a).all())) for a in x)
+
+
+def _num_bad(a: Tensor) -> Tensor:
+    """How many entries are NaN or infinite."""
+    return (~torch.isfinite(a)).sum()
 
 
 def num_entries(x: Sequence[Tensor]) -> int:

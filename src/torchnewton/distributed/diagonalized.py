@@ -11,7 +11,7 @@ from torch import Tensor
 
 from torchnewton import vectors
 from torchnewton.curvature import LinearOperator
-from torchnewton.distributed.partition import DiagonalBlock, Partition
+from torchnewton.distributed.blocks import DiagonalBlock, Partition
 from torchnewton.distributed.processes import Processes
 from torchnewton.distributed.reduced import Reduced
 from torchnewton.solvers import CG, Operator, Plane, SolveResult, Status, StoppingRule

@@ -1,0 +1,121 @@
+"""A model cut over a mesh makes the steps of a whole one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from partition_cases import MESHES, METHODS, STEPS, make_model, make_residual, products, train
+from ranks import launch
+from reference import assert_close
+from torch import nn
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    return launch("partition_cases", 2, tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory):
+    return launch("partition_cases", 4, tmp_path_factory)
+
+
+@pytest.fixture
+def ranks(request, two, four):
+    return {2: two, 4: four}[request.param]
+
+
+both = pytest.mark.parametrize("ranks", [2, 4], indirect=True)
+
+
+@pytest.mark.parametrize("name", METHODS)
+@both
+def test_ten_steps_are_those_of_one_process(name, ranks):
+    expected, steps, _ = train(METHODS[name], make_model())
+    for shape in MESHES[len(ranks)]:
+        first = ranks[0]["on_methods"][shape, name]
+        for rank in ranks:
+            theta, found, spent = rank["on_methods"][shape, name]
+            assert torch.equal(theta, first[0])
+            assert found == first[1]
+            assert len(spent) == STEPS
+            assert all(num_bytes > 0 and messages > 0 for num_bytes, messages in spent)
+        assert_close(first[0], expected)
+        assert [iterations for _, iterations in first[1]] == [iterations for _, iterations in steps]
+        assert [loss for loss, _ in first[1]] == pytest.approx([loss for loss, _ in steps], rel=1e-10)
+
+
+@both
+def test_rank_ij_holds_the_block_of_outputs_and_inputs(ranks):
+    for rank in ranks:
+        for (rows, columns), (shapes, (i, j), equal, text) in rank["on_blocks"].items():
+            assert equal
+
+            def part(n, size, at):
+                return len(torch.arange(n).chunk(size)[at])
+
+            assert shapes == {
+                "0.weight": (part(7, columns, j), part(5, rows, i)),
+                "0.bias": (part(7, columns, j),),
+                "2.weight": (part(6, rows, i), part(7, columns, j)),
+                "4.weight": (part(3, columns, j), part(6, rows, i)),
+                "4.bias": (part(3, columns, j),),
+            }
+            assert f"block={shapes['0.weight']}" in text
+
+
+@both
+def test_own_features_are_enough(ranks):
+    expected, _, _ = train(METHODS["newton"], make_model(), 4)
+    for rank in ranks:
+        assert_close(rank["on_features"][0], expected)
+
+
+@both
+def test_layers_between_other_modules(ranks):
+    expected, _, _ = train(METHODS["newton"], make_residual(), 4)
+    for rank in ranks:
+        assert_close(rank["on_other_modules"][0], expected)
+
+
+@both
+def test_products_of_a_loss_with_derivatives_inside(ranks):
+    for rank in ranks:
+        for found, expected in zip(rank["on_products"], products(make_model()), strict=True):
+            assert_close(found, expected)
+
+
+@both
+def test_numbers_of_parts_are_those_of_the_whole(ranks):
+    params = [p.detach() for p in make_model().parameters()]
+    number = float(sum((p * p.cos()).sum() for p in params)) + 5.0
+    for rank in ranks:
+        (outside, finite), (inside, finite_inside), (_, messages) = rank["on_numbers"]
+        for found in (outside, inside):
+            assert found == pytest.approx([number, 2.0, True], rel=1e-13)
+        assert not finite
+        assert not finite_inside
+        assert messages == 4  # one for each number
+
+
+@both
+def test_copies_and_empty_parts(ranks):
+    torch.manual_seed(1)
+    narrow = nn.Sequential(nn.Linear(5, 1), nn.Tanh(), nn.Linear(1, 3)).double()
+    expected, thin = (train(METHODS["newton"], model, 4)[0] for model in (make_model(), narrow))
+    for rank in ranks:
+        for (found, _), by_one in zip(rank["on_copies"], (expected, thin), strict=True):
+            assert_close(found, by_one)
+
+
+@both
+def test_misuse_is_named(ranks):
+    for rank in ranks:
+        line, conv, tied, again, empty, hooked, features = rank["on_misuse"]
+        assert "1 dimension(s)" in line
+        assert "0.weight belongs to Conv2d" in conv
+        assert "2.weight and 0.weight are one parameter" in tied
+        assert "0.weight belongs to CutLinear" in again
+        assert "no nn.Linear" in empty
+        assert "0 has hooks" in hooked
+        assert "has 4 features; give it all 5 features" in features
