@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from torchnewton import vectors
@@ -23,7 +24,8 @@ class Quorum:
     """A rank's solve also ends once `share` of all ranks are done with theirs, after `min_iterations` of its own.
 
     A rank is done when its solver has met its tolerance or its limit. Every iteration after the first
-    `min_iterations` asks once, 8 bytes; nobody waits for an answer of another rank.
+    `min_iterations` asks once, 8 bytes; nobody waits for an answer of another rank. From step to step the ranks change
+    their blocks in turn, so that what a slow rank leaves unsolved is another block each time.
     """
 
     share: float = 0.5
@@ -64,8 +66,8 @@ class Diagonalized:
     ½xᵀAx − bᵀx with the whole A, and x₀ is the optimizer's previous step; without it x = d. Without several processes
     there is one block: x is what `solver` finds.
 
-    Rank p has the p-th of equal parts of all parameters in their order, see `Partition`; its block is that of the
-    samples it has seen, a subsampled curvature. For the exact block give all ranks the same `curvature` closure.
+    Rank p has the p-th of equal parts of all parameters in their order, see `Partition`, with a quorum the one after in
+    the next step; its block is that of the samples it has seen, a subsampled curvature. For the exact block give all ranks the same `curvature` closure.
 
     Cost: the products of the slowest rank, then half a product for each direction; messages: P / ranks numbers for d,
     three for the states of the ranks, k² for the combination of k directions. Memory: `solver`'s vectors by 1 / ranks.
@@ -110,7 +112,9 @@ class Diagonalized:
     def _in_blocks(self, A: LinearOperator, b: Sequence[Tensor], processes: Processes) -> SolveResult:
         """The joined direction, not finite where that of a rank is not."""
         partition = Partition(tuple(x.shape for x in b), processes.size)
-        block = DiagonalBlock(A.own(), partition.ranges(processes.rank))
+        turn = 0 if self.quorum is None else processes.next_turn()
+        owned = [(rank + turn) % processes.size for rank in range(processes.size)]
+        block = DiagonalBlock(A.own(), partition.ranges(owned[processes.rank]))
         solver = self._solver(processes)
         before = processes.bytes
         with vectors.agreeing(None):
@@ -119,7 +123,9 @@ class Diagonalized:
         finite = found.status is not Status.NOT_FINITE
         rows = processes.table([finite, found.num_iterations, found.residual_norm**2 if finite else 0.0])
         mine = vectors.flatten(found.solution) if found.solution else b[0].new_zeros(0)
-        d = vectors.unflatten(processes.joined(mine, partition.sizes), b)
+        sizes = [partition.sizes[block] for block in owned]
+        parts = dict(zip(owned, processes.joined(mine, sizes).split(sizes), strict=True))
+        d = vectors.unflatten(torch.cat([parts[i] for i in range(processes.size)]), b)
         curvature, products = None, 0.0
         if not self.combine:
             form, products = A.quadratic_form([d])
