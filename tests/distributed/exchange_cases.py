@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ SIZES, SAMPLES, ITERATIONS, MIN_ITERATIONS = (5, 9, 7, 3), 128, 4, 2
 def make_model(dtype: torch.dtype) -> nn.Sequential:
     torch.manual_seed(0)
     layers: list[nn.Module] = []
-    for inputs, outputs in zip(SIZES, SIZES[1:], strict=False):
+    for inputs, outputs in pairwise(SIZES):
         layers += [nn.Linear(inputs, outputs), nn.Sigmoid()]
     return nn.Sequential(*layers[:-1]).to(dtype)
 

@@ -66,8 +66,9 @@ class Diagonalized:
     ½xᵀAx − bᵀx with the whole A, and x₀ is the optimizer's previous step; without it x = d. Without several processes
     there is one block: x is what `solver` finds.
 
-    Rank p has the p-th of equal parts of all parameters in their order, see `Partition`, with a quorum the one after in
-    the next step; its block is that of the samples it has seen, a subsampled curvature. For the exact block give all ranks the same `curvature` closure.
+    Rank p has the p-th of equal parts of all parameters in their order, see `Partition`, with a quorum the one after it
+    in the next step; its block is that of the samples it has seen, a subsampled curvature. For the exact block give all
+    ranks the same `curvature` closure.
 
     Cost: the products of the slowest rank, then half a product for each direction; messages: P / ranks numbers for d,
     three for the states of the ranks, k² for the combination of k directions. Memory: `solver`'s vectors by 1 / ranks.

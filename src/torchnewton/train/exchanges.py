@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 MODES = ("exact", "diagonalized", "quorum", "partitioned")
 
@@ -122,7 +123,7 @@ def _partitioned(step: Step, mesh: tuple[int, int]) -> list[Message]:
 def _of_layers(step: Step, mesh: tuple[int, int]) -> tuple[list[Message], list[Message]]:
     """What a forward and a backward pass send: see `CutLinear`."""
     forward, backward, row = [], [], step.num_samples * step.itemsize
-    for number, (inputs, outputs) in enumerate(zip(step.layers, step.layers[1:], strict=False)):
+    for number, (inputs, outputs) in enumerate(pairwise(step.layers)):
         inner, outer = mesh[number % 2], mesh[1 - number % 2]
         forward.append(Message("sum", row * -(-outputs // outer), 1, inner))
         if number:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
@@ -16,7 +16,6 @@ from torchnewton.curvature.cost_model import CALL, READ, gauss_newton_costs
 from torchnewton.distributed.cut_layers import ELEMENTWISE
 from torchnewton.record import Tape, record
 from torchnewton.train.data import Dataset
-from torchnewton.train.errors import UsageError
 from torchnewton.train.exchanges import MODES, Network, Step, exchanges, total
 from torchnewton.train.loop import loss_function
 from torchnewton.train.models import build
@@ -146,18 +145,15 @@ def _seconds(run: Callable[[], object]) -> float:
     return sorted(times[1:])[2]
 
 
-def matrix_rate(size: int = 512) -> float:
-    """Operations a second of a product of square matrices on this machine."""
-    A = torch.randn(size, size)
-    return 2.0 * size**3 / _seconds(lambda: A @ A)
-
-
 def planner(
     spec: str, data: Dataset | None, step: Step, network: Network, rate: float | None, slow: float = 1.0
 ) -> Planner:
     """For a model of `torchnewton train` and its task, or for layer sizes as 784-1000-10, with random samples.
 
     The parameters and the layers of `step` are filled in.
+
+    Raises:
+        UsageError: if the model does not fit the data.
     """
     if data is None:
         spec, data = _task_of_sizes(spec, step.num_samples)
@@ -176,8 +172,6 @@ def is_sizes(spec: str) -> bool:
 
 def _task_of_sizes(spec: str, num_samples: int) -> tuple[str, Dataset]:
     """Random samples for layers of these sizes, with ReLU between them."""
-    if not is_sizes(spec):
-        raise UsageError(f"--model {spec} is not understood: write layer sizes as 784-1000-10, or give --data, too.")
     sizes = [int(part) for part in spec.split("-")]
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(min(num_samples, 4096), sizes[0], generator=generator)
@@ -195,8 +189,3 @@ def _layers(model: nn.Module) -> tuple[int, ...]:
     if not is_chain or not linear or any(a.out_features != b.in_features for a, b in pairwise(linear)):
         return ()
     return (linear[0].in_features, *(layer.out_features for layer in linear))
-
-
-def fastest(rows: Sequence[Row]) -> dict[int, Row]:
-    """The mode that wins, by ranks."""
-    return {ranks: min((r for r in rows if r.ranks == ranks), key=lambda r: r.seconds) for ranks in {r.ranks for r in rows}}
