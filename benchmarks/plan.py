@@ -65,6 +65,7 @@ def links(bandwidth: float | None, burst: str) -> Iterator[None]:
         yield
     finally:
         for rank in range(max(RANKS)):
+            subprocess.run(["ip", "link", "del", f"{PREFIX}-v{rank}"], check=False, capture_output=True)
             subprocess.run(["ip", "netns", "del", f"{PREFIX}-{rank}"], check=False, capture_output=True)
         subprocess.run(["ip", "link", "del", PREFIX], check=False, capture_output=True)
 
@@ -191,12 +192,9 @@ def main() -> None:
         with links(bandwidth, burst):
             for size in RANKS:
                 if size > 1 or name == next(iter(networks)):
-                    rows += [
-                        {"network": name if size > 1 else "", **row} for row in launched(size, bandwidth, given.steps)
-                    ]
-                    print(
-                        table(rows[-len(MODES) :]).split("\n", 2)[2], f"latency {rows[-1]['latency']:.1e}", flush=True
-                    )
+                    shown = name if size > 1 else "none"
+                    rows += [{"network": shown, **row} for row in launched(size, bandwidth, given.steps)]
+                    print(table(rows[-len(MODES) :]).split("\n", 2)[2], flush=True)
     (ROOT / "benchmarks/results/plan.json").write_text(json.dumps(rows, indent=1) + "\n")
     page = ROOT / "docs/distributed.md"
     before, _, rest = page.read_text().partition("<!-- plan -->\n")

@@ -158,6 +158,34 @@ def on_copies(rank: int, size: int) -> Any:
     return train(METHODS["newton"], model, 4)[:2], train(METHODS["newton"], narrow, 4)[:2]
 
 
+def on_own_blocks(rank: int, size: int) -> Any:
+    """Every rank solves for what it holds."""
+    found = {}
+    for combine in (False, True):
+        model = tn.partition(make_model(), init_device_mesh("cpu", MESHES[size][0]))
+        how = {"rtol": 1e-12, "weight_decay": 1e-3, "combine": combine}
+        optimizer = tn.DistributedNewton(model.parameters(), **how)
+        for step in range(4):
+            optimizer.step(closure_of(model, *make_batch(step)))
+        found[combine] = whole([p.detach() for p in model.parameters()]), optimizer.report.solver
+    return found
+
+
+def on_mixed_samples(rank: int, size: int) -> list[str]:
+    """Blocks are for networks that treat samples independently."""
+    model = tn.partition(make_model(), init_device_mesh("cpu", MESHES[size][0]))
+    x, y = make_batch()
+
+    def closure() -> Tensor:
+        z = model(x)
+        return F.cross_entropy(z - z.square().mean(0), y)
+
+    optimizer = tn.DistributedNewton(model.parameters())
+    hessian = tn.DistributedNewton(model.parameters())
+    hessian.curvature = tn.Hessian
+    return [message_of(lambda: optimizer.step(closure)), message_of(lambda: hessian.step(closure))]
+
+
 def message_of(run: Callable[[], Any]) -> str:
     try:
         run()

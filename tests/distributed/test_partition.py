@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from data_parallel_cases import closure_of, make_batch
 from partition_cases import MESHES, METHODS, STEPS, make_model, make_residual, products, train
 from ranks import launch
 from reference import assert_close
 from torch import nn
+
+import torchnewton as tn
+from torchnewton import vectors
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +66,66 @@ def test_rank_ij_holds_the_block_of_outputs_and_inputs(ranks):
                 "4.bias": (part(3, columns, j),),
             }
             assert f"block={shapes['0.weight']}" in text
+
+
+def owners(model: nn.Module, mesh: tuple[int, int]) -> torch.Tensor:
+    """Of every entry of the parameters the rank (i, j) that solves for it, as one number."""
+
+    def parts(n, size):
+        return torch.cat([torch.full((len(part),), k) for k, part in enumerate(torch.arange(n).chunk(size))])
+
+    found = []
+    for number, layer in enumerate(m for m in model if isinstance(m, nn.Linear)):
+        across = number % 2
+        inputs, outputs = parts(layer.in_features, mesh[across]), parts(layer.out_features, mesh[1 - across])
+        at = {across: inputs.expand(len(outputs), -1), 1 - across: outputs[:, None].expand(-1, len(inputs))}
+        found.append((at[0] * mesh[1] + at[1]).reshape(-1))
+        if layer.bias is not None:  # belongs to the first of those that hold these outputs
+            found.append(outputs * mesh[1] if across else outputs)
+    return torch.cat(found)
+
+
+class Blocked:
+    """A dense solve with the blocks of the owners alone, and two directions with the whole matrix."""
+
+    uses_previous_step = True
+
+    def __init__(self, owner, combine):
+        self.owner, self.combine = owner, combine
+
+    def solve(self, A, b, x0=None, preconditioner=None):
+        dense = A.to_dense() * (self.owner[:, None] == self.owner)
+        d = vectors.unflatten(torch.linalg.solve(dense, vectors.flatten(b)), b)
+        directions = [d] if x0 is None or not self.combine else [d, x0]
+        if self.combine:
+            d = tn.Plane().over(A, b, directions).solution
+        residual = vectors.add(b, A @ d, -1.0)
+        return tn.SolveResult(d, residual, 0.0, tn.Status.CONVERGED, 1)
+
+
+@pytest.mark.parametrize("combine", [False, True])
+@both
+def test_every_rank_solves_for_its_block(combine, ranks):
+    model = make_model()
+    optimizer = tn.DistributedNewton(model.parameters(), weight_decay=1e-3)
+    optimizer.solver = Blocked(owners(model, MESHES[len(ranks)][0]), combine)
+    for step in range(4):
+        optimizer.step(closure_of(model, *make_batch(step)))
+    expected = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+    for rank in ranks:
+        theta, solver = rank["on_own_blocks"][combine]
+        assert torch.equal(theta, ranks[0]["on_own_blocks"][combine][0])
+        assert_close(theta, expected, 1e-9)
+        assert f"in {len(ranks)} blocks" in solver
+        assert ", 0 bytes exchanged" in solver
+
+
+@both
+def test_blocks_are_for_independent_samples_and_gauss_newton(ranks):
+    for rank in ranks:
+        mixed, hessian = rank["on_mixed_samples"]
+        assert "mixes samples" in mixed
+        assert "blocks of Hessian" in hessian
 
 
 @both

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -40,6 +41,10 @@ class Axis(Ranks):
     Lengths are those of `torch.distributed.tensor.Shard`: the last parts may be shorter, or empty.
     """
 
+    def __init__(self, processes: Processes, dim: int) -> None:
+        super().__init__(processes)
+        self.dim = dim
+
     def sizes(self, n: int) -> list[int]:
         """The lengths of all parts."""
         width = -(-n // self.size)
@@ -69,7 +74,7 @@ class Axes(Alone):
 
     def __init__(self, mesh: DeviceMesh, timeout: float = 600.0) -> None:
         self.mesh = mesh
-        first, second = (Axis(Processes(mesh.get_group(dim), timeout)) for dim in range(2))
+        first, second = (Axis(Processes(mesh.get_group(dim), timeout), dim) for dim in range(2))
         self.axes = first, second
         everyone = Processes(dist.group.WORLD, timeout)  # type: ignore[arg-type]
         self.ranks = Ranks(everyone) if everyone.size == mesh.size() else None
@@ -96,26 +101,46 @@ class Axes(Alone):
         with vectors.exchanging(self):
             yield
 
+    @property
+    def bytes(self) -> int:
+        """Those since `spent` was asked last."""
+        return sum(group.processes.bytes for group in self._groups)
+
     def spent(self) -> tuple[int, int]:
         """Bytes and messages since the last call."""
-        groups = [*self.axes, *([] if self.ranks is None else [self.ranks])]
-        found = [group.processes.spent() for group in groups]
+        found = [group.processes.spent() for group in self._groups]
         return sum(num_bytes for num_bytes, _ in found), sum(messages for _, messages in found)
+
+    @property
+    def _groups(self) -> list[Ranks]:
+        return [*self.axes, *([] if self.ranks is None else [self.ranks])]
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """A layer's call on this rank: its parameters, as the model has them, and this rank's part of its input."""
+
+    weight: Tensor
+    bias: Tensor | None
+    x: Tensor
 
 
 class Sum(torch.autograd.Function):
-    """y = Σᵢ xᵢ over an axis: xᵢ differ, y is everywhere the same, and so is its cotangent."""
+    """y = Σᵢ xᵢ over an axis: xᵢ differ, y is everywhere the same, and so is its cotangent.
+
+    The node in the graph keeps what the sum is of, if that is told.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+    def forward(ctx: Any, x: Tensor, axis: Axis, call: Call | None = None) -> Tensor:
         """See the class."""
-        ctx.axis = axis
+        ctx.axis, ctx.call = axis, call
         return axis.sum(x)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         """The transpose."""
-        return spread(grads[0], ctx.axis), None
+        return spread(grads[0], ctx.axis), None, None
 
 
 class Spread(torch.autograd.Function):

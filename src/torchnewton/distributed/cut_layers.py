@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
-from torchnewton.distributed.axes import Axes, cut, joined, spread, summed
+from torchnewton.distributed.axes import Axes, Call, cut, joined, spread, summed
 
 ELEMENTWISE = (
     nn.Identity,
@@ -66,7 +66,7 @@ class CutLinear(nn.Module):
         """Product, sum along one axis; whatever is whole is joined along the other."""
         inner, outer = self.axes.axes[self.across], self.axes.axes[1 - self.across]
         x = spread(self._part(x), outer)
-        y = summed(F.linear(x, _local(self.weight)), inner)
+        y = summed(F.linear(x, _local(self.weight)), inner, Call(self.weight, self.bias, x.detach()))
         if self.bias is not None:
             y = y + _local(self.bias)
         if not self.gives_parts:
