@@ -208,5 +208,6 @@ def on_misuse(rank: int, size: int) -> list[str]:
         message_of(lambda: tn.partition(cut, mesh)),
         message_of(lambda: tn.partition(nn.Tanh(), mesh)),
         message_of(lambda: tn.partition(hooked, mesh)),
+        message_of(lambda: tn.Newton(cut.parameters(), solver=tn.Direct()).step(closure_of(cut, *make_batch()))),
         message_of(lambda: cut(torch.zeros(2, 4, dtype=torch.float64))),
     ]

@@ -175,11 +175,12 @@ def test_copies_and_empty_parts(ranks):
 @both
 def test_misuse_is_named(ranks):
     for rank in ranks:
-        line, conv, tied, again, empty, hooked, features = rank["on_misuse"]
+        line, conv, tied, again, empty, hooked, direct, features = rank["on_misuse"]
         assert "1 dimension(s)" in line
         assert "0.weight belongs to Conv2d" in conv
         assert "2.weight and 0.weight are one parameter" in tied
         assert "0.weight belongs to CutLinear" in again
         assert "no nn.Linear" in empty
         assert "0 has hooks" in hooked
+        assert "have products alone" in direct
         assert "has 4 features; give it all 5 features" in features

@@ -113,6 +113,11 @@ class GaussNewton(LinearOperator):
 
     @cached_property
     def _dense(self) -> Tensor:
+        if any(is_distributed(p) for p in self.tape.params):
+            raise ValueError(
+                "GaussNewton: parameters that are DTensors have products alone: solve by CG, MINRES or BiCGSTAB in the "
+                "place of a factorization."
+            )
         if self._rows is None:
             return dense_from_rows(self.tape, self.jacobian)
         R = self._rows.rows()

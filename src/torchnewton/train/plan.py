@@ -77,7 +77,8 @@ class Planner:
     network: Network
     rate: float | None = None
     slow: float = 1.0
-    _known: dict[int, tuple[Operations, float]] = field(default_factory=dict)
+    _rates: dict[int, float] = field(default_factory=dict)
+    _known: dict[tuple[int, int], Operations] = field(default_factory=dict)
 
     @property
     def modes(self) -> list[str]:
@@ -92,7 +93,8 @@ class Planner:
         return Row(mode, ranks, num_bytes, count, self._computing(mode, ranks), exchanging)
 
     def _computing(self, mode: str, ranks: int) -> float:
-        work, rate = self._work(-(-self.step.num_samples // ranks))
+        parts = ranks if mode == "partitioned" else 1
+        work, rate = self._work(-(-self.step.num_samples // ranks), parts)
         share, slow = ranks, self.slow if ranks > 1 else 1.0
         if mode == "exact" or ranks == 1:
             share = 1
@@ -103,16 +105,18 @@ class Planner:
         flops = work.gradient + slow * products + self.step.evaluations * work.evaluation + extra
         return (flops + work.vectors / share) / rate
 
-    def _work(self, num_samples: int) -> tuple[Operations, float]:
-        """Operations with so many samples, and operations a second."""
-        if num_samples not in self._known:
+    def _work(self, num_samples: int, parts: int) -> tuple[Operations, float]:
+        """Operations with so many samples and a part of the parameters, and operations a second."""
+        key = num_samples, parts
+        if key not in self._known:
             closure = self._closure(num_samples)
             params = [p for p in self.model.parameters() if p.requires_grad]
-            tape = record(closure, params)
-            work = operations(tape, self.step.iterations)
-            rate = self.rate or work.gradient / _seconds(lambda: record(closure, params))
-            self._known[num_samples] = work, rate
-        return self._known[num_samples]
+            tape, k = record(closure, params), self.step.iterations
+            self._known[key] = operations(tape, k, parts)
+            if num_samples not in self._rates:
+                seconds = 0.0 if self.rate else _seconds(lambda: record(closure, params))
+                self._rates[num_samples] = self.rate or operations(tape, k).gradient / seconds
+        return self._known[key], self._rates[num_samples]
 
     def _closure(self, num_samples: int) -> Callable[[], Tensor]:
         index = torch.arange(num_samples) % len(self.data.x_train)
@@ -120,9 +124,9 @@ class Planner:
         return lambda: loss_function(self.model(x), y, self.data.loss)
 
 
-def operations(tape: Tape, iterations: int) -> Operations:
-    """By the cost model, and a pass over the parameters for each matrix product with them."""
-    read = READ * sum(p.numel() for p in tape.params)
+def operations(tape: Tape, iterations: int, parts: int = 1) -> Operations:
+    """By the cost model, and a pass over this rank's part of the parameters for each matrix product with them."""
+    read = READ * sum(p.numel() for p in tape.params) / parts
     double = gauss_newton_costs(tape, None, 1).product
     costs: Costs = GaussNewton(tape).costs(iterations)
     passes = 4 if costs.setup == 0 else 2

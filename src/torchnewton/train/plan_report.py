@@ -113,7 +113,8 @@ def draw_plan(found: Sequence[Row], title: str, path: Path) -> None:
         for mode, colour in zip(dict.fromkeys(row.mode for row in found), _COLOURS, strict=False):
             line = [row for row in found if row.mode == mode]
             ranks = [row.ranks for row in line]
-            axes.plot(ranks, [row.seconds for row in line], color=colour, marker="o", markersize=3, label=mode)
+            width = 4.0 if mode == "diagonalized" else 1.6  # the quorum's line lies upon it
+            axes.plot(ranks, [r.seconds for r in line], color=colour, marker="o", ms=3, linewidth=width, label=mode)
             axes.plot(ranks, [row.computing for row in line], color=colour, linestyle="--", linewidth=0.8)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
