@@ -18,6 +18,8 @@ from torchnewton.train.exchanges import MODES, mesh_of
 
 SIZES, SAMPLES, ITERATIONS, MIN_ITERATIONS = (5, 9, 7, 3), 128, 4, 2
 
+DTYPES = (torch.float32, torch.float64)
+
 
 def make_model(dtype: torch.dtype) -> nn.Sequential:
     torch.manual_seed(0)
@@ -29,11 +31,12 @@ def make_model(dtype: torch.dtype) -> nn.Sequential:
 
 def second_step(mode: str, dtype: torch.dtype, rank: int, size: int) -> tuple[int, int, int]:
     """Bytes, messages, evaluations."""
-    model, samples = make_model(dtype), part
+    model = make_model(dtype)
     x, y = torch.randn(SAMPLES, SIZES[0], dtype=dtype), torch.randint(SIZES[-1], (SAMPLES,))
-    how: dict[str, Any] = {"max_iterations": ITERATIONS, "rtol": 0.0, "process_group": dist.group.WORLD}
-    if size == 1 or mode == "partitioned":
-        how["process_group"], samples = None, lambda tensors, *_: tensors
+    how: dict[str, Any] = {"max_iterations": ITERATIONS, "rtol": 0.0}
+    if size > 1 and mode != "partitioned":
+        how["process_group"] = dist.group.WORLD
+        x, y = part((x, y), rank, size)
     if mode == "partitioned":
         model = tn.partition(model, init_device_mesh("cpu", mesh_of(size)))
     if mode in ("diagonalized", "quorum"):
@@ -42,7 +45,6 @@ def second_step(mode: str, dtype: torch.dtype, rank: int, size: int) -> tuple[in
     else:
         make = tn.NewtonCG
     optimizer = make(model.parameters(), **how)
-    x, y = samples((x, y), rank, size)
 
     def closure() -> Tensor:
         return F.cross_entropy(model(x), y)
@@ -55,5 +57,4 @@ def second_step(mode: str, dtype: torch.dtype, rank: int, size: int) -> tuple[in
 
 
 def on_steps(rank: int, size: int) -> Any:
-    dtypes = (torch.float32, torch.float64)
-    return {(mode, dtype): second_step(mode, dtype, rank, size) for mode in MODES for dtype in dtypes}
+    return {(mode, dtype): second_step(mode, dtype, rank, size) for mode in MODES for dtype in DTYPES}

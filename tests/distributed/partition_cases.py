@@ -99,12 +99,12 @@ def on_blocks(rank: int, size: int) -> Any:
 def on_features(rank: int, size: int) -> Any:
     """Every rank gives its own features only."""
     model = tn.partition(make_model(), init_device_mesh("cpu", MESHES[size][0]))
-    return train(METHODS["newton"], model, 4, features=model[0].features)
+    return train(METHODS["newton"], model, 2, features=model[0].features)
 
 
 def on_other_modules(rank: int, size: int) -> Any:
     model = tn.partition(make_residual(), init_device_mesh("cpu", MESHES[size][0]))
-    return train(METHODS["newton"], model, 4)
+    return train(METHODS["newton"], model, 2)
 
 
 def products(model: nn.Module) -> list[Tensor]:
@@ -142,7 +142,7 @@ def on_numbers(rank: int, size: int) -> Any:
         return [vectors.dot(mixed, [*y, *plain]), vectors.max_abs(mixed), vectors.is_finite(mixed)]
 
     outside = numbers(), vectors.is_finite(bad)
-    share = x[0].device_mesh and next(model.parameters()).share
+    share = model[0].axes
     share.spent()
     with share.agreeing():
         inside = numbers(), vectors.is_finite(bad)
@@ -152,10 +152,10 @@ def on_numbers(rank: int, size: int) -> Any:
 def on_copies(rank: int, size: int) -> Any:
     """A copied model, and one whose last part is empty on some rank."""
     mesh = init_device_mesh("cpu", MESHES[size][0])
-    model = copy.deepcopy(tn.partition(make_model(), mesh))
+    model = copy.deepcopy(tn.partition(make_model().float(), mesh)).double()
     torch.manual_seed(1)
     narrow = tn.partition(nn.Sequential(nn.Linear(5, 1), nn.Tanh(), nn.Linear(1, 3)).double(), mesh)
-    return train(METHODS["newton"], model, 4)[:2], train(METHODS["newton"], narrow, 4)[:2]
+    return train(METHODS["newton"], model, 2), train(METHODS["newton"], narrow, 2)
 
 
 def on_own_blocks(rank: int, size: int) -> Any:
@@ -184,6 +184,15 @@ def on_mixed_samples(rank: int, size: int) -> list[str]:
     hessian = tn.DistributedNewton(model.parameters())
     hessian.curvature = tn.Hessian
     return [message_of(lambda: optimizer.step(closure)), message_of(lambda: hessian.step(closure))]
+
+
+def on_part_of_the_processes(rank: int, size: int) -> Any:
+    """Two models beside each other, each on its own mesh of half of the ranks."""
+    mesh = init_device_mesh("cpu", (2, size // 2, 1), mesh_dim_names=("models", "rows", "columns"))["rows", "columns"]
+    model = tn.partition(make_model(), mesh)
+    found = train(METHODS["newton"], model, 2)
+    optimizer = tn.DistributedNewton(model.parameters())
+    return found, message_of(lambda: optimizer.step(closure_of(model, *make_batch())))
 
 
 def message_of(run: Callable[[], Any]) -> str:

@@ -130,14 +130,14 @@ def test_blocks_are_for_independent_samples_and_gauss_newton(ranks):
 
 @both
 def test_own_features_are_enough(ranks):
-    expected, _, _ = train(METHODS["newton"], make_model(), 4)
+    expected, _, _ = train(METHODS["newton"], make_model(), 2)
     for rank in ranks:
         assert_close(rank["on_features"][0], expected)
 
 
 @both
 def test_layers_between_other_modules(ranks):
-    expected, _, _ = train(METHODS["newton"], make_residual(), 4)
+    expected, _, _ = train(METHODS["newton"], make_residual(), 2)
     for rank in ranks:
         assert_close(rank["on_other_modules"][0], expected)
 
@@ -166,10 +166,21 @@ def test_numbers_of_parts_are_those_of_the_whole(ranks):
 def test_copies_and_empty_parts(ranks):
     torch.manual_seed(1)
     narrow = nn.Sequential(nn.Linear(5, 1), nn.Tanh(), nn.Linear(1, 3)).double()
-    expected, thin = (train(METHODS["newton"], model, 4)[0] for model in (make_model(), narrow))
+    expected = [train(METHODS["newton"], model, 2)[0] for model in (make_model().float().double(), narrow)]
     for rank in ranks:
-        for (found, _), by_one in zip(rank["on_copies"], (expected, thin), strict=True):
+        for (found, _, spent), by_one in zip(rank["on_copies"], expected, strict=True):
             assert_close(found, by_one)
+            assert spent[1][1] > 0
+
+
+@both
+def test_a_mesh_of_some_of_the_processes(ranks):
+    expected, _, _ = train(METHODS["newton"], make_model(), 2)
+    for rank in ranks:
+        (theta, _, spent), message = rank["on_part_of_the_processes"]
+        assert_close(theta, expected)
+        assert (spent[1][1] > 0) == (len(ranks) == 4)  # with two ranks every mesh has one
+        assert "must hold all processes" in message
 
 
 @both

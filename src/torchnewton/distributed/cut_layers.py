@@ -64,6 +64,8 @@ class CutLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Product, sum along one axis; whatever is whole is joined along the other."""
+        for p in self.parameters():  # of copies and conversions, too; see `record_share`
+            p.share = self.axes  # type: ignore[attr-defined]
         inner, outer = self.axes.axes[self.across], self.axes.axes[1 - self.across]
         x = spread(self._part(x), outer)
         y = summed(F.linear(x, _local(self.weight)), inner, Call(self.weight, self.bias, x.detach()))
@@ -186,11 +188,9 @@ def _chains(model: nn.Module, places: dict[nn.Linear, list[str]]) -> list[list[n
 
 
 def _distributed(p: Tensor, axes: Axes, cuts: dict[int, Placement]) -> nn.Parameter:
-    """As a DTensor that knows over which axes its layer exchanges, see `record_share`."""
+    """As a DTensor."""
     found = distribute_tensor(p.detach(), axes.mesh, [cuts.get(dim, Replicate()) for dim in range(2)])
-    parameter = nn.Parameter(found, requires_grad=p.requires_grad)
-    parameter.share = axes  # type: ignore[attr-defined]
-    return parameter
+    return nn.Parameter(found, requires_grad=p.requires_grad)
 
 
 def _local(p: Tensor) -> Tensor:
