@@ -27,8 +27,8 @@ class Message:
 class Network:
     """A network of equal links: `bandwidth` in bytes a second, `latency` of a message between two ranks in seconds.
 
-    The algorithms are taken to be those of gloo: rings, and a binomial tree for the broadcast. With b bytes on R ranks, W the
-    bandwidth and L the latency
+    The algorithms are taken to be those of gloo: rings, and a binomial tree for the broadcast. With b bytes on R ranks,
+    W the bandwidth and L the latency
 
         sum     2(R − 1)(L + b/RW)
         gather  (R − 1)(L + b/W)
