@@ -28,6 +28,7 @@ from torchnewton.distributed import (
     Quorum,
     RankError,
     ServerConnection,
+    partition,
     shard,
 )
 from torchnewton.globalization import (
@@ -150,6 +151,7 @@ __all__ = [
     "directional_derivative",
     "outputs",
     "over",
+    "partition",
     "record",
     "shard",
     "spectrum",

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,7 +17,21 @@ from torch import Tensor
 Vector: TypeAlias = list[Tensor]
 Agreement: TypeAlias = Callable[[Tensor], Tensor]
 
+
+class Exchange(Protocol):
+    """Sums and maxima of a number over all processes that hold parts of DTensors."""
+
+    def sum(self, number: Tensor, /) -> Tensor:
+        """Σ over the processes."""
+        ...
+
+    def max(self, number: Tensor, /) -> Tensor:
+        """The largest."""
+        ...
+
+
 _AGREEMENT: ContextVar[Agreement | None] = ContextVar("agreement", default=None)
+_EXCHANGE: ContextVar[Exchange | None] = ContextVar("exchange", default=None)
 
 
 @contextmanager
@@ -32,6 +46,16 @@ def agreeing(agreement: Agreement | None) -> Iterator[None]:
         yield
     finally:
         _AGREEMENT.reset(token)
+
+
+@contextmanager
+def exchanging(exchange: Exchange) -> Iterator[None]:
+    """Let numbers of DTensors inside the block be joined by `exchange`; else each mesh does it."""
+    token = _EXCHANGE.set(exchange)
+    try:
+        yield
+    finally:
+        _EXCHANGE.reset(token)
 
 
 def is_distributed(x: Tensor) -> bool:
@@ -55,7 +79,7 @@ def _dots(x: Sequence[Tensor], y: Sequence[Tensor]) -> list[Tensor]:
             kept.append((a, torch.dot(_local(a).reshape(-1), _local(b).reshape(-1))))
         else:
             found.append(_whole((a * b).sum()))  # a flat view would gather a tensor that is cut in another dimension
-    return found + _summed(kept)
+    return found + _joined(kept, "sum")
 
 
 def _lie_alike(a: Tensor, b: Tensor) -> bool:
@@ -74,22 +98,30 @@ def _local(x: Tensor) -> Tensor:
     return local
 
 
-def _summed(parts: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
-    """For numbers found of the local parts of DTensors: their sums over the processes, one message for each mesh.
+def _joined(parts: Sequence[tuple[Tensor, Tensor]], kind: Literal["sum", "max"]) -> list[Tensor]:
+    """For summands, or sizes ≥ 0, found of the local parts of DTensors: their sums or maxima over the processes.
 
-    Where several processes have the same part, the first one's counts: so all come to the same number bit by bit.
+    One message for each mesh, or a single one by `exchanging`. Where several processes have the same part, the first
+    one's counts: so all come to the same number bit by bit.
     """
     from torch.distributed.tensor import DTensor, Partial
 
-    totals: dict[Any, list[Tensor]] = {}
+    exchange, found = _EXCHANGE.get(), dict[Any, list[Tensor]]()
     for x, number in parts:
         assert isinstance(x, DTensor)  # for mypy
         place = x.device_mesh.get_coordinate() or [0] * x.device_mesh.ndim
-        counts = not any(at and kind.is_replicate() for at, kind in zip(place, x.placements, strict=True))
-        totals.setdefault(x.device_mesh, []).append(number if counts else torch.zeros_like(number))
+        counts = not any(at and cut.is_replicate() for at, cut in zip(place, x.placements, strict=True))
+        key = x.device_mesh if exchange is None else None
+        found.setdefault(key, []).append(number if counts else torch.zeros_like(number))
+    here = {
+        mesh: torch.stack(numbers).sum() if kind == "sum" else torch.stack(numbers).max()
+        for mesh, numbers in found.items()
+    }
+    if exchange is not None:
+        return [exchange.sum(number) if kind == "sum" else exchange.max(number) for number in here.values()]
     return [
-        DTensor.from_local(torch.stack(t).sum(), mesh, [Partial()] * mesh.ndim, run_check=False).full_tensor()
-        for mesh, t in totals.items()
+        DTensor.from_local(number, mesh, [Partial(kind)] * mesh.ndim, run_check=False).full_tensor()
+        for mesh, number in here.items()
     ]
 
 
@@ -121,21 +153,19 @@ def norm(x: Sequence[Tensor]) -> float:
 
 def max_abs(x: Sequence[Tensor]) -> float:
     """‖x‖_∞."""
-    return _agreed(torch.stack([_max_abs(a) for a in x if a.numel()]).max())
+    found = [a.abs().max() for a in _plain(x) if a.numel()]
+    cut = [_without_partial(a) for a in x if is_distributed(a)]
+    parts = [_local(a).abs() for a in cut]  # of which nothing may be here
+    largest = [part.max() if part.numel() else part.new_zeros(()) for part in parts]
+    return _agreed(torch.stack(found + _joined(list(zip(cut, largest, strict=True)), "max")).max())
 
 
-def _max_abs(a: Tensor) -> Tensor:
-    if not is_distributed(a):
-        return a.abs().max()
-    from torch.distributed.tensor import DTensor, Partial, Replicate
+def _without_partial(x: Tensor) -> Tensor:
+    """A DTensor without sums that are pending."""
+    from torch.distributed.tensor import DTensor, Replicate
 
-    assert isinstance(a, DTensor)  # for mypy
-    a = a.redistribute(placements=[Replicate() if place.is_partial() else place for place in a.placements])
-    local = _local(a).abs()  # of which nothing may be here
-    found = local.max() if local.numel() else local.new_zeros(())
-    return DTensor.from_local(
-        found, a.device_mesh, [Partial("max")] * a.device_mesh.ndim, run_check=False
-    ).full_tensor()
+    assert isinstance(x, DTensor)  # for mypy
+    return x.redistribute(placements=[Replicate() if place.is_partial() else place for place in x.placements])
 
 
 def add(x: Sequence[Tensor], y: Sequence[Tensor], alpha: float = 1.0) -> Vector:
@@ -167,7 +197,7 @@ def zeros_like(x: Sequence[Tensor]) -> Vector:
 def is_finite(x: Sequence[Tensor]) -> bool:
     """True when no entry is NaN or infinite: one pass for the sums, a closer look only where one of them is not."""
     cut = [a for a in x if is_distributed(a)]
-    if cut and not all(math.isfinite(float(n)) for n in _summed([(a, _local(a).sum()) for a in cut])):
+    if not all(math.isfinite(float(n)) for n in _joined([(a, _local(a).sum()) for a in cut], "sum")):
         return max_abs([torch.isfinite(a).logical_not().to(a.dtype) for a in cut]) == 0 and is_finite(_plain(x))
     return all(math.isfinite(float(a.sum())) or bool(torch.isfinite(a).all()) for a in _plain(x))
 

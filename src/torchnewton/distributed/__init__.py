@@ -1,9 +1,10 @@
 """Several processes: arguments for the parts of a Newton step, and what other methods exchange."""
 
+from torchnewton.distributed.blocks import DiagonalBlock, Partition
+from torchnewton.distributed.cut_layers import partition
 from torchnewton.distributed.data_parallel import Alone, DataParallel, Share
 from torchnewton.distributed.diagonalized import Diagonalized, Quorum
 from torchnewton.distributed.parameter_server import ParameterServer, ServerConnection
-from torchnewton.distributed.partition import DiagonalBlock, Partition
 from torchnewton.distributed.processes import Processes, RankError
 from torchnewton.distributed.recording import record_share
 from torchnewton.distributed.reduced import Reduced
@@ -25,6 +26,7 @@ __all__ = [
     "Share",
     "Workers",
     "find_workers",
+    "partition",
     "record_share",
     "shard",
     "whole_parameters",

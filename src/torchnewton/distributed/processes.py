@@ -42,13 +42,18 @@ class Processes:
         if self.rank < 0:
             raise ValueError("process_group: this process is no member of it; call step on its members only.")
         self._first = dist.get_global_rank(group, 0)
-        self.bytes = self.messages = self._number = 0
+        self.bytes = self.messages = self._number = self._turn = 0
 
     def spent(self) -> tuple[int, int]:
         """Bytes and messages since the last call."""
         found = self.bytes, self.messages
         self.bytes = self.messages = 0
         return found
+
+    def next_turn(self) -> int:
+        """0, 1, 2, …: the same on all ranks, which ask equally often."""
+        self._turn += 1
+        return self._turn - 1
 
     def sum(self, x: Sequence[Tensor]) -> Vector:
         """Σ of everyone's x, the same on every rank bit by bit; one message for each dtype."""

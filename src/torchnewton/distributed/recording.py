@@ -47,7 +47,7 @@ def record_share(
     tape = tape_of(closure, params, create_graph=create_graph)
     group = tape.buffers.process_group
     if group is None:
-        return tape, Alone()
+        return tape, next((p.share for p in params if hasattr(p, "share")), Alone())  # told by `CutLinear`
     if isinstance(tape, StreamedTape):
         tape.buffers.restore()
         raise ValueError(_STREAMED)
