@@ -6,7 +6,7 @@ from torchnewton.distributed.data_parallel import Alone, DataParallel, Share
 from torchnewton.distributed.diagonalized import Diagonalized, Quorum
 from torchnewton.distributed.parameter_server import ParameterServer, ServerConnection
 from torchnewton.distributed.processes import Processes, RankError
-from torchnewton.distributed.recording import record_share
+from torchnewton.distributed.recording import average_share, record_share
 from torchnewton.distributed.reduced import Reduced
 from torchnewton.distributed.shard import shard, whole_parameters
 from torchnewton.distributed.workers import Workers, find_workers
@@ -25,6 +25,7 @@ __all__ = [
     "ServerConnection",
     "Share",
     "Workers",
+    "average_share",
     "find_workers",
     "partition",
     "record_share",

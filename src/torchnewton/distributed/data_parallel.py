@@ -21,6 +21,7 @@ from torchnewton.solvers import Operator, SolveResult, Status
 from torchnewton.vectors import Vector
 
 Result = TypeVar("Result")
+Recorded = TypeVar("Recorded", bound=Tape | StreamedTape)
 Table = list[list[float]]
 
 
@@ -30,6 +31,7 @@ class DataParallel:
     wᵣ = nᵣ / Σ nᵣ for closures that return means over nᵣ samples, 1 for closures that return sums. By default nᵣ is
     what the recorded loss calls divide by (for `cross_entropy` the samples that are not ignored, by their weights),
     else the length of the outputs; with `reduction="sum"` the closure returns a sum. A rank with nᵣ = 0 counts nothing.
+    Of batches by `over`, nᵣ is the sum of their weights, by default their samples, and no argument changes it.
 
     Args:
         group: a process group; by default all ranks.
@@ -76,8 +78,10 @@ class DataParallel:
                 "rank 0."
             )
 
-    def weigh(self, tape: Tape) -> tuple[float, bool]:
+    def weigh(self, tape: Tape | StreamedTape) -> tuple[float, bool]:
         """nᵣ of this rank's tape, and whether its loss is a sum."""
+        if isinstance(tape, StreamedTape):
+            return tape.total_weight, False
         if callable(self.num_samples):
             n = float(self.num_samples(tape))
         else:
@@ -175,7 +179,12 @@ class Share(Alone):
     def __init__(self, parallel: DataParallel, table: Table) -> None:
         self.parallel: DataParallel = parallel
         self.processes = parallel.processes
-        counts, sums = [row[0] for row in table], [row[1] for row in table]
+        counts, sums, streamed = ([row[column] for row in table] for column in range(3))
+        if len(set(streamed)) > 1:
+            raise ValueError(
+                "process_group: some ranks give several batches by tn.over, others a closure or a single batch; cut a "
+                "rank's samples into two batches or more."
+            )
         if len(set(sums)) > 1:
             raise ValueError("DataParallel: some ranks return sums, some means; say summed=True or False.")
         self.summed = bool(sums[0])
@@ -187,16 +196,16 @@ class Share(Alone):
         self.fraction = counts[self.processes.rank] / total if total > 0 else 0.0
 
     @classmethod
-    def recorded(cls, parallel: DataParallel, run: Callable[[], Tape]) -> tuple[Tape, Share]:
+    def recorded(cls, parallel: DataParallel, run: Callable[[], Recorded]) -> tuple[Recorded, Share]:
         """Record on every rank."""
 
-        def numbers(tape: Tape) -> list[float]:
+        def numbers(tape: Recorded) -> list[float]:
             n, is_sum = parallel.weigh(tape)
-            return [n, float(is_sum)]
+            return [n, float(is_sum), float(isinstance(tape, StreamedTape))]
 
-        made: list[Tape] = []
+        made: list[Recorded] = []
 
-        def kept() -> Tape:
+        def kept() -> Recorded:
             made.append(run())
             return made[0]
 

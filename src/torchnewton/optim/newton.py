@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from torchnewton import vectors
-from torchnewton.curvature import KFAC, Average, Diagonal, GaussNewton, LinearOperator, Shared
-from torchnewton.distributed import DataParallel, record_share, whole_parameters
+from torchnewton.curvature import KFAC, Diagonal, GaussNewton, LinearOperator, Shared
+from torchnewton.distributed import DataParallel, average_share, record_share, whole_parameters
 from torchnewton.globalization import Armijo, AutoDamping, Damping, LearnsFromNewData, LineSearch, TrustRegion, Unit
 from torchnewton.optim.acceleration import GeodesicAcceleration
 from torchnewton.optim.complete_state import as_before, completed, mark_initialized
@@ -340,18 +340,17 @@ class Newton(Optimizer):
         A: LinearOperator
         tape: Tape | StreamedTape
         objective = point.closure if curvature is None else curvature
-        if isinstance(objective, Objective) and objective.is_streamed and point.share.parallel is None:
+        if isinstance(objective, Objective) and objective.is_streamed:
             same = point.tape.random_state if curvature is None else None
             with same_random_numbers(same, [p.device for p in point.params]):
-                A = average = Average(objective, point.params, curvature=self.curvature)
-            tape = average.tape
+                A, tape = average_share(objective, point.params, self.curvature, self.data_parallel)
         else:
             if curvature is None:
                 tape, share = point.recorded, point.share
             else:
                 tape, share = record_share(curvature, point.params, self.data_parallel)
                 point.settled_by(tape)
-            assert isinstance(tape, Tape)  # for mypy: streamed with one process is above, with several refused
+            assert isinstance(tape, Tape)  # for mypy: streamed is above
             A = share.operator(self.curvature(tape))
         if tape.has_rest and not A.covers_whole_loss and not self._memory["warned"]:
             self._memory["warned"] = True
