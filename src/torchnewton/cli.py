@@ -84,6 +84,9 @@ def train_command(
     validation: Annotated[float | None, typer.Option(help="Part of the training set to choose best.pt by.")] = None,
     center: Annotated[bool, typer.Option(help="Subtract the mean training input, of images for each pixel.")] = False,
     ranks: Annotated[int, typer.Option(help="Processes, each with its part of every batch.", min=1)] = Settings.ranks,
+    quorum: Annotated[
+        float | None, typer.Option(help="distributed-newton: end the solves when this part of the ranks are done.")
+    ] = None,
     out: Out = None,
     overwrite: Overwrite = False,
     resume: Annotated[str | None, typer.Option(help="Folder of a run to continue.", metavar="FOLDER")] = None,
@@ -122,6 +125,7 @@ def train_command(
         validation,
         center,
         ranks,
+        quorum,
     )
     if recipe is not None:
         settings = with_recipe(recipe, settings, given)
