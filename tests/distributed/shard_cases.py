@@ -145,9 +145,11 @@ def on_kronecker_factors(rank: int, size: int) -> Any:
     for cut in (True, False):
         model = make_model()
         optimizer = plane(tn.shard(model)) if cut else plane(model, process_group=dist.group.WORLD)
-        for step in range(4):
+        solvers = []
+        for step in range(12):
             optimizer.step(closure_of(model, *part(make_batch(step), rank, size, uneven=True)))
-        found.append((whole_of(model), optimizer.report.regime, optimizer.report.loss))
+            solvers.append(optimizer.report.solver)
+        found.append((whole_of(model), optimizer.report.regime, optimizer.report.loss, solvers))
     return found
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_cases import AFTER, BEFORE, NEWTONS, build, load, save, steps
+from checkpoint_cases import AFTER, BEFORE, NEWTONS, build, flagship_in_the_plane, load, save, steps
 from ranks import launch
 from reference import assert_close
 from shard_cases import whole_of
@@ -81,6 +81,23 @@ def test_other_optimizers_go_on_bit_for_bit(name, after, tmp_path):
     torch.set_rng_state(state)
     found = steps(model, optimizer, range(after, 5), lambda batch: batch)
     assert torch.equal(found, expected)
+
+
+def test_what_glides_goes_on_gliding(tmp_path):
+    """Between full steps, with what is remembered of the steps before."""
+    model, optimizer = build(flagship_in_the_plane, "alone")
+    steps(model, optimizer, range(24), lambda batch: batch)
+    while optimizer.state_dict()["state"][1]["glide"]["left"] == 0:
+        steps(model, optimizer, range(1), lambda batch: batch)
+    save(model, optimizer, tmp_path)
+    state = torch.get_rng_state()
+    expected = steps(model, optimizer, range(3), lambda batch: batch)
+    model, optimizer = build(flagship_in_the_plane, "alone")
+    load(model, optimizer, tmp_path)
+    torch.set_rng_state(state)
+    steps(model, optimizer, range(1), lambda batch: batch)
+    assert optimizer.report.solver == "heavy ball"
+    assert torch.equal(steps(model, optimizer, range(1, 3), lambda batch: batch), expected)
 
 
 def test_a_place_for_nothing_stays_nothing(tmp_path):

@@ -276,9 +276,9 @@ class Share(Alone):
         """What rank 0 has found for Ax = b: where processors differ, factorizations do so in rounding, or in status."""
         kinds = list(Status)
         curved = result.curved(-vectors.dot(b, result.solution))
-        status, curved, size, can_reuse, can_shift = self.processes.numbers_of_first(
-            [kinds.index(result.status), curved, result.residual_norm, bool(result.reuse), bool(result.shifted)]
-        )
+        numbers = [kinds.index(result.status), curved, result.residual_norm, bool(result.reuse), bool(result.shifted)]
+        agreed = self.processes.numbers_of_first([*numbers, *result.coefficients])
+        status, curved, size, can_reuse, can_shift = agreed[:5]
         reuse, shifted = result.reuse or list, result.shifted or (lambda more: result)
         return replace(
             result,
@@ -289,6 +289,7 @@ class Share(Alone):
             reuse=(lambda rhs: self.of_first(reuse(rhs))) if can_reuse else None,
             shifted=(lambda more: self.agreed(shifted(more), b)) if can_shift else None,
             curvature=curved,
+            coefficients=tuple(agreed[5:]),
         )
 
 

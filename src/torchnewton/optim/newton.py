@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any, Protocol
 
 import torch
@@ -21,6 +21,7 @@ from torchnewton.globalization import Armijo, AutoDamping, Damping, LearnsFromNe
 from torchnewton.optim.acceleration import GeodesicAcceleration
 from torchnewton.optim.complete_state import as_before, completed, mark_initialized
 from torchnewton.optim.escape import SaddleEscape
+from torchnewton.optim.glide import GlideState
 from torchnewton.optim.point import Point
 from torchnewton.optim.regime import EXACT, PLANE, RegimeChoice
 from torchnewton.optim.report import StepReport
@@ -173,7 +174,9 @@ class Newton(Optimizer):
         first = self._first_memory()
         if self._running is not None:
             first["preconditioner"] = self._running.state_dict()
-        names = ["last_step"] * (self.choice is not None or self._needs_last_step) + ["momentum"] * (self.momentum > 0)
+        chooses = self.choice is not None
+        entries = {"last_step": chooses or self._needs_last_step, "anchor": chooses, "momentum": self.momentum > 0}
+        names = [name for name, is_kept in entries.items() if is_kept]
         return completed(self, super().state_dict(), first, lambda p, _: {name: torch.zeros_like(p) for name in names})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -234,6 +237,8 @@ class Newton(Optimizer):
         """Solve and search; returns why the step must be rejected, or nothing."""
         report, memory = self.report, self._memory
         report.loss, report.gradient_norm = point.loss, vectors.norm(point.gradient)
+        if self._take_back(point):
+            return ""
         if not math.isfinite(point.value):
             return "the loss is not finite"
         if not math.isfinite(report.gradient_norm):
@@ -258,16 +263,50 @@ class Newton(Optimizer):
                 report.status = "the gradient is zero: this is a stationary point"
                 break
             with self._timed("search"):
-                self._search(point, gradient, result)
+                if result.status is Status.NOT_SOLVED:
+                    self._move(point, result.solution, 1.0)
+                else:
+                    self._search(point, gradient, result)
             if report.accepted:
                 break
         report.gradient_equivalents += 1 + report.loss_evaluations / 3
         report.gradient_equivalents += _fraction_seen(point, curvature) * report.products * A.gradients_per_product
         memory["step"] += 1
+        self._remember_glide(point, result)
         if self.momentum:
             for p, m in zip(point.params, average, strict=True):
                 self.state[p]["momentum"] = m
         return ""
+
+    def _take_back(self, point: Point) -> bool:
+        """After steps that were not tested: where they have not helped, back to where they began."""
+        memory, glide, state = self._memory, PLANE.glide, GlideState(**self._memory["glide"])
+        if glide is None or not glide.is_test_due(state, point.value):
+            return False
+        back = [self.state[p]["anchor"] - p for p in point.params]
+        with self._timed("search"):
+            before = point.evaluate(back, 1.0)
+        self.report.loss_evaluations += 1
+        failed = glide.has_failed(point.value, before)
+        memory["glide"] = asdict(glide.taken_back(state) if failed else glide.passed(state))
+        if failed:
+            point.move(back, 1.0)
+            self.report.status = f"the last {state.gone} steps, not tested before, had raised the loss: taken back"
+            self.report.gradient_equivalents += 4 / 3
+        return failed
+
+    def _remember_glide(self, point: Point, result: SolveResult) -> None:
+        """What the next steps need to glide."""
+        if self.choice is None or self.report.regime != "plane" or PLANE.glide is None:
+            return
+        memory, full = self._memory, result.status is not Status.NOT_SOLVED
+        state = GlideState(**memory["glide"])
+        coefficients = result.coefficients if self.report.accepted else ()
+        after = PLANE.glide.after(state, point.value, coefficients if full else None, memory["step"])
+        memory["glide"] = asdict(after)
+        if full and after.left > 0:
+            for p in point.params:
+                self.state[p]["anchor"] = p.detach().clone()
 
     def _choose_regime(self, point: Point) -> None:
         """Without arguments: the parts of this step."""
@@ -286,6 +325,8 @@ class Newton(Optimizer):
         self.preconditioner = self._running if regime.preconditioned else None
         if memory["exact"] != before:
             memory.update(damping=self.damping.start(), scale=None, last=None)
+        if regime.glide is not None and self._previous_step(point) is not None:
+            self.solver = regime.glide.solver(GlideState(**memory["glide"])) or regime.solver
 
     def _find_scale(self, point: Point, A: LinearOperator, gradient: Vector) -> None:
         """The unit of λ: of the curvature at the first step, of the noise as a running average."""
@@ -463,15 +504,19 @@ class Newton(Optimizer):
             report.status = "no step length gave a sufficient decrease"
             memory["damping"] = rule.raised(memory["damping"])
             return
-        report.accepted, report.step_length = True, found.step_length
-        point.move(d, found.step_length)
+        self._move(point, d, found.step_length)
         if isinstance(rule, LearnsFromNewData):
             ratio, predicted = report.reduction_ratio, report.predicted_reduction
             memory["last"] = (memory["damping"], ratio, alpha, predicted, found.value)
+        memory["damping"] = rule.update(memory["damping"], report.reduction_ratio, alpha, memory["step"] + 1)
+
+    def _move(self, point: Point, d: Vector, step_length: float) -> None:
+        """Make the step."""
+        self.report.accepted, self.report.step_length = True, step_length
+        point.move(d, step_length)
         if self._needs_last_step:
             for p, x in zip(point.params, d, strict=True):
-                self.state[p]["last_step"] = x * found.step_length
-        memory["damping"] = rule.update(memory["damping"], report.reduction_ratio, alpha, memory["step"] + 1)
+                self.state[p]["last_step"] = x * step_length
 
     def _undo(self, point: Point, saved: dict[Tensor, dict[str, Any]], running: dict[str, Any] | None) -> None:
         """Buffers and state as before the step; the parameters have not moved."""
@@ -515,8 +560,15 @@ class Newton(Optimizer):
     def _first_memory(self) -> dict[str, Any]:
         """Of an optimizer that has made no step."""
         scale = 1.0 if self.damping.unit is Unit.ABSOLUTE else None
-        found = {"step": 0, "damping": self.damping.start(), "scale": scale, "last": None, "exact": None, "trust": 0.5}
-        found.update(products=False, checked=False, warned=False)
+        found: dict[str, Any] = {
+            "step": 0,
+            "damping": self.damping.start(),
+            "scale": scale,
+            "last": None,
+            "exact": None,
+            "trust": 0.5,
+        }
+        found.update(products=False, checked=False, warned=False, glide=asdict(GlideState()))
         if self.trust_region is not None:
             params = [p.detach() for group in self.param_groups for p in group["params"]]
             found["radius"] = self.trust_region.start(vectors.norm(params))
