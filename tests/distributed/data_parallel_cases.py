@@ -241,6 +241,13 @@ def on_streams(rank: int, size: int) -> dict[str, Any]:
     return found
 
 
+def on_streams_in_blocks(rank: int, size: int) -> Any:
+    """Every rank solves for its own parameters, with batches and with one closure."""
+    share = partial(part, rank=rank, size=size, uneven=True)
+    make = partial(tn.DistributedNewton, process_group=dist.group.WORLD)
+    return [train(make, share, subset=True, make_closure=how)[0] for how in (stream_of, closure_of)]
+
+
 def on_stream_misuse(rank: int, size: int) -> Any:
     """Batches on some ranks alone, as closure and as curvature, and a batch that fails on one; then a step is made."""
     model = make_model()

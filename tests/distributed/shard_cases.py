@@ -19,13 +19,23 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import torchnewton as tn
+from torchnewton.optim.regime import RegimeChoice
 
 STEPS = 10
 SHORT = 3
 FLAT = tn.LevenbergMarquardt(initial=1.0, minimum=0.1)  # a solve that does not magnify the last bits
 CG = tn.CG(rtol=1e-2, max_iterations=6)
+
+
+def exact(params: Any) -> tn.Newton:
+    """Without arguments, but "exact" for good: in "plane" K-FAC draws random numbers on each rank."""
+    optimizer = tn.Newton(params)
+    optimizer.choice = RegimeChoice(least_trust=-1.0)
+    return optimizer
+
+
 METHODS: dict[str, Callable[..., tn.Newton]] = {
-    "default": tn.Newton,
+    "default": exact,
     "cg": partial(tn.Newton, solver=CG, damping=FLAT),
     "sgn": partial(tn.SGN, momentum=0.3, damping=0.1, min_damping=0.1, max_iterations=5),
     "newton-cg": tn.NewtonCG,
@@ -311,5 +321,8 @@ def on_refusals(rank: int, size: int) -> Any:
         "mesh": message_of(lambda: tn.shard(make_model(), init_device_mesh("cpu", (2, size // 2)))),
         "group": message_of(lambda: tn.Newton(model.parameters(), process_group=alone).step(closure)),
         "stream": message_of(lambda: tn.Newton(model.parameters()).step(tn.over([closure, closure]))),
+        "partition": message_of(
+            lambda: tn.partition(tn.shard(nn.Sequential(nn.Linear(5, 3))), init_device_mesh("cpu", (2, size // 2)))
+        ),
         "blocks": message_of(lambda: tn.DistributedNewton(model.parameters()).step(closure)),
     }

@@ -135,6 +135,12 @@ def test_batches_of_every_rank_make_the_steps_of_one_process_with_all_data(name,
     assert_same(found, name, subset=subset)
 
 
+def test_batches_of_every_rank_in_blocks(ranks):
+    for rank in ranks:
+        streamed, recorded = rank["on_streams_in_blocks"]
+        assert_close(streamed, recorded)
+
+
 def test_misuse_of_streams_is_named(ranks):
     for number, rank in enumerate(ranks):
         messages, untouched, accepted = rank["on_stream_misuse"]

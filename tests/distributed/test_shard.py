@@ -139,6 +139,7 @@ def test_a_failure_on_one_rank_is_one_on_all(ranks):
         ("mesh", "has 2 dimensions"),
         ("group", "process_group: the parameters are in parts on other ranks"),
         ("stream", "process_group: the batches of tn.over"),
+        ("partition", "0.weight belongs to ShardedLinear"),
         ("blocks", "Diagonalized: parameters that `shard` has cut have no blocks yet"),
     ],
 )
