@@ -15,7 +15,9 @@ class GlideState:
 
     `coefficients` (α, μ) are those of the last full steps, `losses` the objectives before the last steps. `period` is
     the number of steps from one full step to the next, `left` how many steps are still to glide, `gone` how many have
-    since the last full step, `pause` for how many full steps there is no gliding, `factor` the share of α in use.
+    since the last full step, `pause` for how many full steps there is no gliding, `factor` the share h of α in use.
+    `slope` is gᵀx of the last gliding step x, `downhill` the sum of their sizes and `overshot` that of the slopes which
+    the next batches have found along the same steps.
     """
 
     coefficients: tuple[tuple[float, ...], ...] = ()
@@ -25,6 +27,9 @@ class GlideState:
     gone: int = 0
     pause: int = 0
     factor: float = 0.7
+    slope: float = 0.0
+    downhill: float = 0.0
+    overshot: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -43,13 +48,14 @@ class Glide:
     """
 
     longest: int = 20
-    patience: int = 10
+    patience: int = 20
     memory: int = 5
     most: float = 0.9
     alarm: float = 1.3
     tolerance: float = 0.2
+    balance: float = 0.3
     pause: int = 4
-    growth: float = 1.05
+    growth: float = 1.1
     shrinkage: float = 0.8
     least: float = 0.25
 
@@ -71,7 +77,8 @@ class Glide:
 
     def passed(self, state: GlideState) -> GlideState:
         """After a test that has been passed."""
-        factor = min(self.growth * state.factor, 1.0)
+        too_long = state.overshot > self.balance * state.downhill
+        factor = max(self.shrinkage * state.factor, self.least) if too_long else min(self.growth * state.factor, 1.0)
         return replace(state, period=min(2 * state.period, self.longest), factor=factor, left=0, gone=0)
 
     def taken_back(self, state: GlideState) -> GlideState:
@@ -80,11 +87,18 @@ class Glide:
         period = max((state.gone + 1) // 2, 2)
         return replace(state, period=period, factor=factor, left=0, gone=0, pause=self.pause)
 
-    def after(self, state: GlideState, value: float, coefficients: tuple[float, ...] | None, step: int) -> GlideState:
-        """After step number `step` from a point of objective `value`: a full one with its coefficients, or a glide."""
+    def glided(self, state: GlideState, value: float, slope: float, slope_of_last: float) -> GlideState:
+        """After a gliding step from a point of objective `value`; the slopes there along it and along the last step."""
+        losses, before = (*state.losses, value)[-10:], state.slope
+        state = replace(state, losses=losses, left=state.left - 1, gone=state.gone + 1, slope=slope)
+        if state.gone == 1:
+            return replace(state, downhill=0.0, overshot=0.0)
+        downhill, overshot = state.downhill + abs(before), state.overshot + slope_of_last
+        return replace(state, downhill=downhill, overshot=overshot)
+
+    def after(self, state: GlideState, value: float, coefficients: tuple[float, ...], step: int) -> GlideState:
+        """After full step number `step` from a point of objective `value`."""
         state = replace(state, losses=(*state.losses, value)[-10:])
-        if coefficients is None:
-            return replace(state, left=state.left - 1, gone=state.gone + 1)
         known = state.coefficients
         if len(coefficients) == 2:
             known = (*known, coefficients)[-self.memory :]

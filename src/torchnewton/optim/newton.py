@@ -16,25 +16,27 @@ from torch.optim import Optimizer
 
 from torchnewton import vectors
 from torchnewton.curvature import KFAC, Diagonal, GaussNewton, LinearOperator, Shared
-from torchnewton.distributed import DataParallel, average_share, record_share, whole_parameters
+from torchnewton.distributed import Alone, DataParallel, average_share, record_share, whole_parameters
 from torchnewton.globalization import Armijo, AutoDamping, Damping, LearnsFromNewData, LineSearch, TrustRegion, Unit
 from torchnewton.optim.acceleration import GeodesicAcceleration
 from torchnewton.optim.complete_state import as_before, completed, mark_initialized
 from torchnewton.optim.escape import SaddleEscape
 from torchnewton.optim.glide import GlideState
-from torchnewton.optim.point import Point
-from torchnewton.optim.regime import EXACT, PLANE, RegimeChoice
+from torchnewton.optim.point import Point, penalty
+from torchnewton.optim.regime import EXACT, PLANE, RegimeChoice, RegimeState
 from torchnewton.optim.report import StepReport
 from torchnewton.record import (
+    BufferSnapshot,
     Closure,
     Objective,
     RecordError,
     StreamedTape,
     Tape,
+    plain_gradient,
     same_random_numbers,
     warn_about_rest,
 )
-from torchnewton.solvers import Auto, Operator, Solver, SolveResult, Status, UsesPreviousStep
+from torchnewton.solvers import Auto, HeavyBall, Operator, Solver, SolveResult, Status, UsesPreviousStep
 from torchnewton.vectors import Vector
 
 Curvature = Callable[[Tape], LinearOperator]
@@ -149,6 +151,7 @@ class Newton(Optimizer):
         self._running: Preconditioner | None = preconditioner if self.choice is None else KFAC()
         self.acceleration = acceleration
         self.retries = retries
+        self._buffers: BufferSnapshot | None = None
         self.data_parallel = DataParallel.of(process_group)
         self.report = StepReport()
         mark_initialized(self)
@@ -209,8 +212,12 @@ class Newton(Optimizer):
         self.report = StepReport(damping=self._memory["damping"] * (self._memory["scale"] or 1.0))
         if self.trust_region is not None:
             self.report.radius = self.radius
+        params, decays = [p for p, _ in pairs], [w for _, w in pairs]
+        if curvature is None and self.data_parallel is None:
+            glided = self._glided(closure, params, decays)
+            if glided is not None:
+                return glided[0]
         with self._timed("record"):
-            params, decays = [p for p, _ in pairs], [w for _, w in pairs]
             create_graph = self._memory["products"] and curvature is None
             point = Point(closure, params, decays, create_graph=create_graph, parallel=self.data_parallel)
         self.data_parallel = point.share.parallel
@@ -233,6 +240,61 @@ class Newton(Optimizer):
         returned = point.tape.returned
         return returned.detach() if isinstance(returned, Tensor) else returned
 
+    def _glided(self, closure: Closure, params: list[Tensor], decays: list[float]) -> tuple[Any] | None:
+        """A gliding step from an ordinary backward pass; None where the next step needs a recorded one."""
+        solver, kfac = self._glider(params), self._running
+        if solver is None or self._buffers is None or not isinstance(kfac, KFAC) or kfac.is_due:
+            return None
+        buffers = self._buffers.renewed()
+        try:
+            with self._timed("record"):
+                returned, gradient = plain_gradient(closure, params)
+            self.report.loss = float(returned)
+            value = self.report.loss + penalty(params, decays)
+            gradient = [g if w == 0 else g + w * p for g, p, w in zip(gradient, params, decays, strict=True)]
+            if not self._glide(solver, params, gradient, value):
+                buffers.restore()
+                return None
+        except BaseException:
+            buffers.restore()
+            raise
+        kfac.skip()
+        return (returned.detach() if isinstance(returned, Tensor) else returned,)
+
+    def _glider(self, params: list[Tensor]) -> HeavyBall | None:
+        """What makes the next step if it is to glide."""
+        if self.choice is None or PLANE.glide is None or self._memory["regime"]["exact"] is not False:
+            return None
+        return PLANE.glide.solver(GlideState(**self._memory["glide"])) if self._previous_step(params) else None
+
+    def _glide(
+        self, solver: HeavyBall, params: list[Tensor], gradient: Vector, value: float, share: Alone | None = None
+    ) -> bool:
+        """A step without a model of the loss; False, and nothing done, where something is alarming."""
+        memory, report, kfac, glide = self._memory, self.report, self._running, PLANE.glide
+        state, last = GlideState(**memory["glide"]), self._previous_step(params)
+        assert glide is not None  # as `_glider` has seen to
+        assert kfac is not None
+        assert last is not None
+        if not math.isfinite(value) or glide.is_test_due(state, value):
+            return False
+        with self._timed("solve"):
+            inverse, b = kfac.inverse(report.damping), vectors.scale(gradient, -1.0)
+            M = inverse if share is None else share.preconditioner(inverse) or inverse
+            result = solver.solve(M, b, last, M)
+            if share is not None:
+                result = share.agreed(result, b)
+        report.gradient_norm = vectors.norm(gradient)
+        if not (math.isfinite(report.gradient_norm) and vectors.is_finite(result.solution)):
+            return False
+        slopes = vectors.dot(gradient, result.solution), vectors.dot(gradient, last)
+        self._move(params, result.solution, 1.0)
+        memory["step"] += 1
+        memory["glide"] = asdict(glide.glided(state, value, *slopes))
+        report.regime, report.solver, report.status = "plane", result.method, result.status.value
+        report.gradient_equivalents += 1.0
+        return True
+
     def _advance(self, point: Point, curvature: Closure | None) -> str:
         """Solve and search; returns why the step must be rejected, or nothing."""
         report, memory = self.report, self._memory
@@ -248,8 +310,15 @@ class Newton(Optimizer):
             return ""
         average, gradient = self._averaged(point)
         with self._timed("search"):
-            self._judge_on_new_data(point)
-        self._choose_regime(point)
+            new_data = self._judge_on_new_data(point)
+        if self._choose_regime(point, new_data):
+            self._return_to_anchor(point.params, "exact steps, on trial, have fitted their batches alone: taken back")
+            return ""
+        glider = self._glider(point.params)
+        if glider is not None and self.preconditioner is not None:
+            self.preconditioner.update(point.recorded, point.share.statistics)
+            done = self._glide(glider, point.params, gradient, point.value, point.share)
+            return "" if done else Status.NOT_FINITE.value
         with self._timed("record"):
             A = self._operator(point, curvature)
             self._find_scale(point, A, gradient)
@@ -263,16 +332,13 @@ class Newton(Optimizer):
                 report.status = "the gradient is zero: this is a stationary point"
                 break
             with self._timed("search"):
-                if result.status is Status.NOT_SOLVED:
-                    self._move(point, result.solution, 1.0)
-                else:
-                    self._search(point, gradient, result)
+                self._search(point, gradient, result)
             if report.accepted:
                 break
         report.gradient_equivalents += 1 + report.loss_evaluations / 3
         report.gradient_equivalents += _fraction_seen(point, curvature) * report.products * A.gradients_per_product
         memory["step"] += 1
-        self._remember_glide(point, result)
+        self._prepare_glide(point, result)
         if self.momentum:
             for p, m in zip(point.params, average, strict=True):
                 self.state[p]["momentum"] = m
@@ -290,43 +356,56 @@ class Newton(Optimizer):
         failed = glide.has_failed(point.value, before)
         memory["glide"] = asdict(glide.taken_back(state) if failed else glide.passed(state))
         if failed:
-            point.move(back, 1.0)
-            self.report.status = f"the last {state.gone} steps, not tested before, had raised the loss: taken back"
+            status = f"the last {state.gone} steps, not tested before, had raised the loss: taken back"
+            self._return_to_anchor(point.params, status)
             self.report.gradient_equivalents += 4 / 3
         return failed
 
-    def _remember_glide(self, point: Point, result: SolveResult) -> None:
-        """What the next steps need to glide."""
-        if self.choice is None or self.report.regime != "plane" or PLANE.glide is None:
+    def _prepare_glide(self, point: Point, result: SolveResult) -> None:
+        """After a full step over the plane: what the next ones need to glide."""
+        if self.choice is None or self._memory["regime"]["exact"] or PLANE.glide is None:
             return
-        memory, full = self._memory, result.status is not Status.NOT_SOLVED
-        state = GlideState(**memory["glide"])
-        coefficients = result.coefficients if self.report.accepted else ()
-        after = PLANE.glide.after(state, point.value, coefficients if full else None, memory["step"])
-        memory["glide"] = asdict(after)
-        if full and after.left > 0:
-            for p in point.params:
-                self.state[p]["anchor"] = p.detach().clone()
+        memory, coefficients = self._memory, result.coefficients if self.report.accepted else ()
+        state = PLANE.glide.after(GlideState(**memory["glide"]), point.value, coefficients, memory["step"])
+        memory["glide"] = asdict(state)
+        if state.left > 0:
+            self._buffers = point.plain_buffers
+            self._set_anchor(point.params)
 
-    def _choose_regime(self, point: Point) -> None:
-        """Without arguments: the parts of this step."""
+    def _choose_regime(self, point: Point, new_data: bool) -> bool:
+        """Without arguments: the parts of this step; returns whether the last ones were a trial that has failed."""
         if self.choice is None:
-            return
-        memory, trust = self._memory, self._memory["trust"]
-        before = memory["exact"]
-        if before is None:
-            memory["exact"] = self.choice.starts_exact(point.tape, point.share)
-        elif trust < self.choice.least_trust and self.choice.allows_plane(point.tape):
-            memory["exact"] = False
-        regime = EXACT if memory["exact"] else PLANE
-        self.report.regime = "exact" if memory["exact"] else "plane"
+            return False
+        memory, choice, failed = self._memory, self.choice, False
+        state = before = RegimeState(**memory["regime"])
+        if before.exact is None:
+            state = choice.first(choice.is_cheap(point.tape, point.share))
+        elif choice.allows_plane(point.tape) and not GlideState(**memory["glide"]).gone:
+            state, failed = choice.next(before, memory["step"], new_data)
+        regime = EXACT if state.exact else PLANE
+        self.report.regime = "exact" if state.exact else "plane"
         self.curvature, self.solver, self.damping = regime.curvature, regime.solver, regime.damping
         self.acceleration = regime.acceleration
         self.preconditioner = self._running if regime.preconditioned else None
-        if memory["exact"] != before:
-            memory.update(damping=self.damping.start(), scale=None, last=None)
-        if regime.glide is not None and self._previous_step(point) is not None:
-            self.solver = regime.glide.solver(GlideState(**memory["glide"])) or regime.solver
+        if state.exact != before.exact:
+            damping, scale = state.other or (self.damping.start(), None)
+            state = replace(state, other=None if before.exact is None else (memory["damping"], memory["scale"]))
+            memory.update(damping=damping, scale=scale, last=None)
+            if state.trial:
+                self._set_anchor(point.params)
+        memory["regime"] = asdict(state)
+        return failed
+
+    def _set_anchor(self, params: Iterable[Tensor]) -> None:
+        """Where the next steps may be taken back to."""
+        for p in params:
+            self.state[p]["anchor"] = p.detach().clone()
+
+    def _return_to_anchor(self, params: Iterable[Tensor], status: str) -> None:
+        for p in params:
+            p.copy_(self.state[p].pop("anchor"))
+            self.state[p].pop("last_step", None)
+        self.report.status = status
 
     def _find_scale(self, point: Point, A: LinearOperator, gradient: Vector) -> None:
         """The unit of λ: of the curvature at the first step, of the noise as a running average."""
@@ -344,26 +423,27 @@ class Newton(Optimizer):
                 noise = old or 1.0
             memory["scale"] = noise if old is None else 0.7 * old + 0.3 * noise
 
-    def _judge_on_new_data(self, point: Point) -> None:
+    def _judge_on_new_data(self, point: Point) -> bool:
         """Have the closure's data changed since the last step? Then: has that step helped on them, too?"""
         memory, last = self._memory, self._memory["last"]
         memory["last"] = None
-        directions = self._previous_step(point)
+        directions = self._previous_step(point.params)
         if last is None or directions is None or not isinstance(self.damping, LearnsFromNewData):
-            return
+            return False
         damping, ratio, step_length, predicted, value = last
         if abs(point.value - value) <= 1e-6 * abs(value):
-            return
+            return False
         before = point.evaluate(directions, -1.0)
         self.report.loss_evaluations += 1
         new_ratio = _ratio(before - point.value, predicted)
         memory["damping"] = self.damping.update_on_new_data(damping, ratio, step_length, new_ratio)
         if self.choice is not None:
-            memory["trust"] = self.choice.trust(memory["trust"], new_ratio)
+            memory["regime"] = asdict(self.choice.judged(RegimeState(**memory["regime"]), new_ratio))
+        return True
 
-    def _previous_step(self, point: Point) -> Vector | None:
+    def _previous_step(self, params: Iterable[Tensor]) -> Vector | None:
         """The last step that was made, where it moved the same parameters."""
-        steps = [self.state[p].get("last_step") for p in point.params]
+        steps = [self.state[p].get("last_step") for p in params]
         known = [d for d in steps if d is not None]
         return known if len(known) == len(steps) else None
 
@@ -407,7 +487,7 @@ class Newton(Optimizer):
         report, memory = self.report, self._memory
         alone = point.share.parallel is None
         rhs = point.tape.descent if alone and gradient is point.tape.gradient else vectors.scale(gradient, -1.0)
-        start = self._previous_step(point) if isinstance(solver, UsesPreviousStep) else None
+        start = self._previous_step(point.params) if isinstance(solver, UsesPreviousStep) else None
         if self.preconditioner is not None:
             self.preconditioner.update(point.recorded, point.share.statistics)
         while True:
@@ -504,18 +584,18 @@ class Newton(Optimizer):
             report.status = "no step length gave a sufficient decrease"
             memory["damping"] = rule.raised(memory["damping"])
             return
-        self._move(point, d, found.step_length)
+        self._move(point.params, d, found.step_length)
         if isinstance(rule, LearnsFromNewData):
             ratio, predicted = report.reduction_ratio, report.predicted_reduction
             memory["last"] = (memory["damping"], ratio, alpha, predicted, found.value)
         memory["damping"] = rule.update(memory["damping"], report.reduction_ratio, alpha, memory["step"] + 1)
 
-    def _move(self, point: Point, d: Vector, step_length: float) -> None:
-        """Make the step."""
+    def _move(self, params: list[Tensor], d: Vector, step_length: float) -> None:
+        """θ ← θ + αd."""
         self.report.accepted, self.report.step_length = True, step_length
-        point.move(d, step_length)
+        vectors.add_(params, d, step_length)
         if self._needs_last_step:
-            for p, x in zip(point.params, d, strict=True):
+            for p, x in zip(params, d, strict=True):
                 self.state[p]["last_step"] = x * step_length
 
     def _undo(self, point: Point, saved: dict[Tensor, dict[str, Any]], running: dict[str, Any] | None) -> None:
@@ -565,10 +645,10 @@ class Newton(Optimizer):
             "damping": self.damping.start(),
             "scale": scale,
             "last": None,
-            "exact": None,
-            "trust": 0.5,
+            "glide": asdict(GlideState()),
+            "regime": asdict(RegimeState()),
         }
-        found.update(products=False, checked=False, warned=False, glide=asdict(GlideState()))
+        found.update(products=False, checked=False, warned=False)
         if self.trust_region is not None:
             params = [p.detach() for group in self.param_groups for p in group["params"]]
             found["radius"] = self.trust_region.start(vectors.norm(params))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeGuard
 
 from torchnewton.curvature import DifferenceJacobian, GaussNewton, LinearOperator
@@ -47,24 +47,51 @@ PLANE = Regime(
 
 
 @dataclass(frozen=True)
+class RegimeState:
+    """What is remembered between steps; replaced, never changed.
+
+    `exact` says which regime the last step was made in, None before the first; `cheap` whether a factorization is.
+    `trust` is the running average of new ratios, `trial` counts the steps of a trial that are left, `next_trial` is the
+    number of the step at which one begins. `other` are λ and its unit in the regime that is not in use.
+    """
+
+    exact: bool | None = None
+    cheap: bool = False
+    trust: float = 0.5
+    trial: int = 0
+    next_trial: int = 0
+    other: tuple[float, float | None] | None = None
+
+
+@dataclass(frozen=True)
 class RegimeChoice:
     """`EXACT` where a factorization is cheap and its steps help on other data, else `PLANE`.
 
-    The first step is `EXACT` where `Auto` finds a factorization of at most `gradients` gradients or `flops` operations.
-    Where a step comes with other data, the last one is judged on them: `trust` is the running average, with weight
-    1 − `memory` for the newest, of the reduction there over the reduction predicted; it starts at ½. Below
-    `least_trust` the steps fit their batch and not the task: `PLANE` from then on. Always `EXACT` where no Kronecker
-    factors can be made: on a streamed objective (`tn.over`), which keeps no graph, and for DTensors.
-    Over several ranks the costs are those of the slowest and of the exchanges, and the Gram matrix is not to be had.
+    A factorization is cheap where `Auto` finds one of at most `gradients` gradients or `flops` operations. Then the
+    first step is `EXACT`, and so are all as long as they come with the same data.
+
+    Where a step comes with other data, the last one is judged on them: its new ratio is the reduction there over the
+    reduction predicted. An exact step fits its batch, noise included, and with noise that is no progress: new ratios
+    are near 0. So on changing data a task begins in `PLANE`, and after `first_trial` steps, and each time after four
+    times as many, `EXACT` is on trial for at most `trial` steps. The running average of the new ratios, the newest with
+    weight 1 − `memory`, starts at ½; below `trust_in_trial` the trial ends, and the parameters return to where it
+    began. Who passes stays, until the average falls below `least_trust`.
+
+    Always `EXACT` where no Kronecker factors can be made: on a streamed objective (`tn.over`), which keeps no graph,
+    and for DTensors. Over several ranks the costs are those of the slowest and of the exchanges, and the Gram matrix is
+    not to be had.
     """
 
     gradients: float = 20.0
     flops: float = 6e9
-    memory: float = 0.9
-    least_trust: float = 0.3
+    memory: float = 0.8
+    first_trial: int = 40
+    trial: int = 20
+    trust_in_trial: float = 0.2
+    least_trust: float = 0.1
 
-    def starts_exact(self, tape: Tape | StreamedTape, share: Alone) -> bool:
-        """Whether a first step with this tape is `EXACT`; the same on all ranks."""
+    def is_cheap(self, tape: Tape | StreamedTape, share: Alone) -> bool:
+        """Whether `EXACT` can be afforded on this tape; the same on all ranks."""
         if not self.allows_plane(tape):
             return True
         A = share.operator(GaussNewton(tape))
@@ -77,6 +104,24 @@ class RegimeChoice:
         """Whether Kronecker factors can be made of this tape."""
         return isinstance(tape, Tape) and not any(is_distributed(p) for p in tape.params)
 
-    def trust(self, trust: float, new_ratio: float) -> float:
-        """The running average with one more ratio, which counts as at most 1 and at least −1."""
-        return self.memory * trust + (1 - self.memory) * min(max(new_ratio, -1.0), 1.0)
+    def first(self, cheap: bool) -> RegimeState:
+        """Before the first step."""
+        return RegimeState(exact=cheap, cheap=cheap, next_trial=self.first_trial)
+
+    def judged(self, state: RegimeState, new_ratio: float) -> RegimeState:
+        """With one more new ratio, which counts as at most 1 and at least −1."""
+        trust = self.memory * state.trust + (1 - self.memory) * min(max(new_ratio, -1.0), 1.0)
+        return replace(state, trust=trust)
+
+    def next(self, state: RegimeState, step: int, new_data: bool) -> tuple[RegimeState, bool]:
+        """The state for step number `step`, and whether a trial has failed; `new_data` were met if that is known."""
+        if not state.exact:
+            if not state.cheap or step < state.next_trial:
+                return state, False
+            return replace(state, exact=True, trust=0.5, trial=self.trial, next_trial=4 * state.next_trial), False
+        if state.trial:
+            failed = state.trust < self.trust_in_trial
+            return replace(state, exact=not failed, trial=0 if failed else state.trial - 1), failed
+        untried = state.next_trial == self.first_trial and step < self.first_trial
+        ends = (untried and new_data) or state.trust < self.least_trust
+        return replace(state, exact=not ends), False
