@@ -56,8 +56,8 @@ class SlowGaussNewton(DearGaussNewton):
     pause = SLOW * DearGaussNewton.pause
 
 
-def train(task: str, data_dir: str, mode: str, slow: bool, steps: int) -> dict[str, Any]:
-    """Twenty steps on the first 4,000 training samples, and what they took."""
+def train(task: str, data_dir: str, mode: str, slow: bool, steps: int, until: float | None = None) -> dict[str, Any]:
+    """Steps on the first 4,000 training samples, what they took, and how many it takes to come to the loss `until`."""
     rank, size = dist.get_rank(), dist.get_world_size()
     data = load(TASKS[task].format(data_dir), Path(data_dir))
     x = data.x_train[:4000].flatten(1).tensor_split(size)[rank]
@@ -70,6 +70,9 @@ def train(task: str, data_dir: str, mode: str, slow: bool, steps: int) -> dict[s
     def closure() -> Tensor:
         return F.cross_entropy(model(x), y)
 
+    def loss_of_all() -> float:
+        return float(optimizer.data_parallel.processes.sum([closure().detach() / size])[0])
+
     dist.barrier()
     num_bytes, messages, seconds = [], [], []
     for _ in range(steps):
@@ -78,12 +81,17 @@ def train(task: str, data_dir: str, mode: str, slow: bool, steps: int) -> dict[s
         seconds.append(time.perf_counter() - start)
         num_bytes.append(optimizer.report.bytes_communicated)
         messages.append(optimizer.report.messages)
-    loss = optimizer.data_parallel.processes.sum([closure().detach() / size])[0].item()
+    found = loss_of_all()
+    needed, loss = steps, found
+    while until is not None and loss > until * (1 + 1e-6) and needed < 5 * steps:
+        optimizer.step(closure)
+        needed, loss = needed + 1, loss_of_all()
     return {
         "task": task,
         "mode": mode,
         "slow rank": slow,
-        "loss": loss,
+        "loss": found,
+        "steps": needed,
         "bytes": sum(num_bytes) / steps,
         "messages": sum(messages) / steps,
         "seconds": sorted(seconds)[steps // 2],
@@ -100,7 +108,8 @@ def work(rank: int, size: int, folder: str, data_dir: str, steps: int) -> None:
         train(task, data_dir, "exact", False, 1)
         for mode in MODES:
             for slow in (False, True):
-                rows.append(train(task, data_dir, mode, slow, steps))
+                until = rows[-1]["loss"] if slow else None
+                rows.append(train(task, data_dir, mode, slow, steps, until))
                 if rank == 0:
                     print({k: v for k, v in rows[-1].items() if k != "solver"}, flush=True)
     if rank == 0:
@@ -110,15 +119,16 @@ def work(rank: int, size: int, folder: str, data_dir: str, steps: int) -> None:
 def table(rows: list[dict[str, Any]]) -> str:
     """The table of docs/distributed.md."""
     lines = [
-        "| task | mode | loss after 20 steps | kB a step | messages a step | s a step | the same with a slow rank |",
-        "|---|---|---|---|---|---|---|",
+        "| task | mode | loss after 20 steps | kB a step | messages a step | s a step | the same with a slow rank | "
+        "steps with it to the loss without it |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for healthy, slow in zip(rows[::2], rows[1::2], strict=True):
         ratio = slow["seconds"] / healthy["seconds"]
         lines.append(
             f"| {healthy['task']} | {healthy['mode']} | {healthy['loss']:.4f} | {healthy['bytes'] / 1e3:.0f} | "
             f"{healthy['messages']:.0f} | {healthy['seconds']:.3f} | {slow['seconds']:.3f} s ({ratio:.1f}×), "
-            f"loss {slow['loss']:.4f} |"
+            f"loss {slow['loss']:.4f} | {slow['steps']}, {ratio * slow['steps'] / 20:.1f}× the time |"
         )
     return "\n".join(lines)
 

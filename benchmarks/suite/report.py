@@ -14,7 +14,7 @@ from benchmarks.suite.criteria import Verdict, verdicts
 from benchmarks.suite.profiles import ratios
 from benchmarks.suite.rows import Row, collect
 from benchmarks.suite.store import Store
-from benchmarks.suite.tables import task_table
+from benchmarks.suite.tables import table, task_table
 from benchmarks.suite.task import Task
 
 WORDS = {True: "holds", False: "does not hold", None: "not measured"}
@@ -61,6 +61,17 @@ For each method the share of all tasks that it solves within a factor of the bes
 arXiv cs/0102001). A task without runs of a method, or on which it fails, counts as not solved; methods with runs on
 fewer than half of the tasks are left out. L-BFGS is the better of all samples and mini-batches."""
 
+DISTRIBUTED = """## Exact, diagonalized and with a quorum
+
+Training losses after 20 steps on four ranks, written by
+
+    python -m benchmarks.distributed --data-dir DIR
+
+*Exact* is `NewtonCG`, *diagonalized* and *quorum* are `DistributedNewton`, the last with a quorum of a half after one
+iteration; the first 4,000 samples, one hidden layer of 64, at most 30 iterations of CG. Four processes share two cores,
+so a product waits 10 ms on every rank, 100 ms on the slow one: the seconds compare the modes with each other. The page
+[on several processes](distributed.md) says what they mean."""
+
 SENSITIVITY = """## Sensitivity
 
 The best test value on one seed in the same time for all, with the main constant of each method ten times smaller and
@@ -85,6 +96,7 @@ def write(tasks: Sequence[Task], seeds: int, folder: Path) -> Path:
         *(_section(task, rows[task.name], folder / "docs") for task in tasks if task.name in rows),
     ]
     sections += product_tables.sections(products)
+    sections += distributed(results / "distributed.json")
     page = folder / "docs/results.md"
     page.parent.mkdir(parents=True, exist_ok=True)
     page.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
@@ -181,6 +193,30 @@ def preconditioners(folder: Path) -> dict[str, Any]:
     """The stored iterations of CG with preconditioners, where there are any."""
     cases = _json(folder / "benchmarks/results/preconditioners.json").get("cases")
     return {"preconditioners": cases} if cases else {}
+
+
+def distributed(path: Path) -> list[str]:
+    """The stored rows of `benchmarks.distributed`, where there are any."""
+    rows = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    if not rows:
+        return []
+    header = ["task", "mode", "loss", "kB a step", "messages a step", "s a step"]
+    header += ["s a step, one slow rank", "loss, one slow rank"]
+    healthy, slow = ([row for row in rows if row["slow rank"] is kind] for kind in (False, True))
+    body = [
+        [
+            a["task"],
+            a["mode"],
+            f"{a['loss']:.4f}",
+            f"{a['bytes'] / 1e3:.0f}",
+            f"{a['messages']:.0f}",
+            f"{a['seconds']:.3f}",
+            f"{b['seconds']:.3f}",
+            f"{b['loss']:.4f}",
+        ]
+        for a, b in zip(healthy, slow, strict=True)
+    ]
+    return [f"{DISTRIBUTED}\n\n{table(header, body)}"]
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -21,7 +21,16 @@ from torchnewton.curvature import (
     complex_step_rule,
     directional_derivative,
 )
-from torchnewton.distributed import DataParallel, Diagonalized, ParameterServer, Quorum, RankError, ServerConnection
+from torchnewton.distributed import (
+    DataParallel,
+    Diagonalized,
+    ParameterServer,
+    Quorum,
+    RankError,
+    ServerConnection,
+    partition,
+    shard,
+)
 from torchnewton.globalization import (
     Armijo,
     AutoDamping,
@@ -142,6 +151,8 @@ __all__ = [
     "directional_derivative",
     "outputs",
     "over",
+    "partition",
     "record",
+    "shard",
     "spectrum",
 ]

@@ -26,6 +26,9 @@ try:
     from torchnewton.train.methods import NAMES as METHODS
     from torchnewton.train.models import NAMES as MODELS
     from torchnewton.train.page import FILES, title, write_page
+    from torchnewton.train.plan_report import HEADERS as PLAN_HEADERS
+    from torchnewton.train.plan_report import Request, draw_plan, predict
+    from torchnewton.train.plan_report import rows as plan_rows
     from torchnewton.train.prepare import LOSSES
     from torchnewton.train.ranks import RESTARTS, is_launched, launch
     from torchnewton.train.recipes import RECIPES, with_recipe
@@ -81,6 +84,9 @@ def train_command(
     validation: Annotated[float | None, typer.Option(help="Part of the training set to choose best.pt by.")] = None,
     center: Annotated[bool, typer.Option(help="Subtract the mean training input, of images for each pixel.")] = False,
     ranks: Annotated[int, typer.Option(help="Processes, each with its part of every batch.", min=1)] = Settings.ranks,
+    quorum: Annotated[
+        float | None, typer.Option(help="distributed-newton: end the solves when this part of the ranks are done.")
+    ] = None,
     out: Out = None,
     overwrite: Overwrite = False,
     resume: Annotated[str | None, typer.Option(help="Folder of a run to continue.", metavar="FOLDER")] = None,
@@ -119,6 +125,7 @@ def train_command(
         validation,
         center,
         ranks,
+        quorum,
     )
     if recipe is not None:
         settings = with_recipe(recipe, settings, given)
@@ -255,6 +262,37 @@ def spectrum_command(
         console.print(line, highlight=False, soft_wrap=True)
     console.print(table)
     console.print(f"Saved in {folder}: {', '.join(RunFolder.SPECTRUM_FILES)}", soft_wrap=True)
+    return 0
+
+
+@app.command("plan")
+def plan_command(
+    model: Annotated[str, typer.Option(help="Layer sizes as in 784-1000-10, or a model of `train`.")] = Request.model,
+    data: Annotated[str | None, typer.Option(help="The task of a model of `train`.", show_default="none")] = None,
+    data_dir: DataDir = Settings.data_dir,
+    batch_size: Annotated[int, typer.Option(help="Samples a step, of all ranks.", min=1)] = Request.batch_size,
+    ranks: Annotated[str, typer.Option(help="Numbers of ranks.")] = Request.ranks,
+    bandwidth: Annotated[float, typer.Option(help="Of a rank's link, Gbit/s.")] = Request.bandwidth,
+    latency: Annotated[float, typer.Option(help="Of a message between two ranks, µs.")] = Request.latency,
+    flops: Annotated[str, typer.Option(help="Of a rank, GFLOP/s, or auto: gradients are timed here.")] = Request.flops,
+    iterations: Annotated[int, typer.Option(help="Of CG in a step.", min=1)] = Request.iterations,
+    slow: Annotated[float, typer.Option(help="One rank's products take so many times as long.", min=1)] = Request.slow,
+    threads: Threads = Settings.threads,
+    out: Annotated[Path | None, typer.Option(help="Picture to write, .svg, .png or .pdf.", show_default="none")] = None,
+) -> int:
+    """Predict seconds, bytes and messages of a Newton step on many ranks, for each way to distribute it."""
+    request = Request(model, data, data_dir, batch_size, ranks, bandwidth, latency, flops, iterations, slow, threads)
+    found = predict(request)
+    console = _console()
+    table = Table(title=request.title, title_justify="left", box=SIMPLE_HEAD, collapse_padding=True)
+    for header in PLAN_HEADERS:
+        table.add_column(header, justify="left" if header in ("mode", "") else "right", no_wrap=True)
+    for row in plan_rows(found):
+        table.add_row(*row)
+    console.print(table)
+    if out is not None:
+        draw_plan(found, request.title, out)
+        console.print(f"Saved in {out}", soft_wrap=True)
     return 0
 
 

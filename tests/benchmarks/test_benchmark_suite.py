@@ -1,5 +1,6 @@
 """The suite's arithmetic on made-up runs: profiles, duels, verdicts, stop rule, batches; no timings."""
 
+import json
 import math
 from dataclasses import replace
 
@@ -256,6 +257,20 @@ def test_runs_are_kept_and_the_page_comes_from_them(tmp_path):
     assert f"{best:.2e}"[:4] in page or f"{best:.4g}" in page
     assert (tmp_path / "docs/figures/profiles.svg").is_file()
     assert (tmp_path / "docs/figures/made-up.svg").is_file()
+
+
+def test_the_modes_of_several_processes_stand_on_the_page(tmp_path):
+    assert report.distributed(tmp_path / "distributed.json") == []
+    row = {"task": "letter", "mode": "exact", "bytes": 154776.8, "messages": 62.7}
+    rows = [
+        {**row, "slow rank": False, "loss": 0.25, "seconds": 0.2},
+        {**row, "slow rank": True, "loss": 0.26, "seconds": 0.9},
+    ]
+    results = tmp_path / "benchmarks/results"
+    results.mkdir(parents=True)
+    (results / "distributed.json").write_text(json.dumps(rows))
+    page = report.write([small_task()], 2, tmp_path).read_text(encoding="utf-8")
+    assert "| letter | exact | 0.2500 | 155 | 63 | 0.200 | 0.900 | 0.2600 |" in page
 
 
 def test_a_method_that_cannot_start_is_a_result(tmp_path):

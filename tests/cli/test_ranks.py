@@ -44,10 +44,17 @@ def test_misuse_is_named(capsys, monkeypatch):
     assert "several ranks run on the CPU" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("options", [["--method", "newton-cg"], ["--subset", "0.1"]])
-def test_steps_on_all_data_are_for_one_process(options, capsys):
-    assert run(["train", "--ranks", "2", *options]) == 2
-    assert "--ranks is for steps on batches" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--method", "newton-cg", "--quorum", "0.5"], "--quorum is for distributed-newton"),
+        (["--method", "adam", "--quorum", "0.5"], "--quorum is for distributed-newton"),
+        (["--method", "distributed-newton", "--quorum", "1.5"], "--quorum is 1.5: it has to be above 0 and at most 1"),
+    ],
+)
+def test_a_quorum_is_for_solves_of_each_rank(options, message, capsys):
+    assert run(["train", *options]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_first_order_methods_run_in_one_process():

@@ -64,6 +64,11 @@ def closure_of(model: nn.Module, x: Tensor, y: Tensor, reduction: str = "mean") 
     return closure
 
 
+def stream_of(model: nn.Module, x: Tensor, y: Tensor) -> Any:
+    """The same loss in batches of 7."""
+    return tn.over(list(zip(x.split(7), y.split(7), strict=True)), lambda batch: closure_of(model, *batch)())
+
+
 def flat(model: nn.Module) -> Tensor:
     return torch.cat([p.detach().reshape(-1) for p in model.parameters()])
 
@@ -74,6 +79,7 @@ def train(
     steps: int = 4,
     ddp: bool = False,
     subset: bool = False,
+    make_closure: Callable[..., Any] = closure_of,
     **how: Any,
 ) -> tuple[Tensor, list[Any]]:
     """Parameters after some steps with a new batch each, and (loss, λ, iterations) of every step."""
@@ -82,8 +88,8 @@ def train(
     optimizer = make(model.parameters())
     found = []
     for step in range(steps):
-        closure = closure_of(called, *share(make_batch(step)), **how)
-        other = closure_of(called, *share(make_batch(100 + step)), **how) if subset else None
+        closure = make_closure(called, *share(make_batch(step)), **how)
+        other = make_closure(called, *share(make_batch(100 + step)), **how) if subset else None
         optimizer.step(closure, curvature=other)
         report = optimizer.report
         found.append((report.loss, report.damping, report.inner_iterations, report.accepted))
@@ -225,15 +231,39 @@ def refusal(run: Callable[[], Any]) -> str:
     return ""
 
 
-def on_stream(rank: int, size: int) -> Any:
-    """Refused as closure and as curvature; the next step is made."""
+def on_streams(rank: int, size: int) -> dict[str, Any]:
+    """Every rank with batches of its own, more on some ranks than on others."""
+    share = partial(part, rank=rank, size=size, uneven=True)
+    found = {}
+    for name, subset in (("newton-cg", True), ("newton-cg", False), ("cg", False), ("hessian-free", True)):
+        make = partial(METHODS[name], process_group=dist.group.WORLD)
+        found[name, subset] = train(make, share, subset=subset, make_closure=stream_of)
+    return found
+
+
+def on_streams_in_blocks(rank: int, size: int) -> Any:
+    """Every rank solves for its own parameters, with batches and with one closure."""
+    share = partial(part, rank=rank, size=size, uneven=True)
+    make = partial(tn.DistributedNewton, process_group=dist.group.WORLD)
+    return [train(make, share, subset=True, make_closure=how)[0] for how in (stream_of, closure_of)]
+
+
+def on_stream_misuse(rank: int, size: int) -> Any:
+    """Batches on some ranks alone, as closure and as curvature, and a batch that fails on one; then a step is made."""
     model = make_model()
     optimizer = tn.Newton(model.parameters(), process_group=dist.group.WORLD)
-    closure = closure_of(model, *part(make_batch(), rank, size))
-    stream = tn.over([closure, closure])
-    messages = [refusal(lambda: optimizer.step(stream)), refusal(lambda: optimizer.step(closure, curvature=stream))]
-    optimizer.step(tn.over([closure]), curvature=closure)
-    return messages, optimizer.report.accepted
+    x, y = part(make_batch(), rank, size)
+    closure, stream, before = closure_of(model, x, y), stream_of(model, x, y), flat(model)
+    some = stream if rank == 1 else closure
+    messages = [refusal(lambda: optimizer.step(some)), refusal(lambda: optimizer.step(closure, curvature=some))]
+    broken = tn.over([closure, closure_of(model, x[:, : 4 if rank == 1 else 5], y)])
+    try:
+        optimizer.step(broken)
+    except RuntimeError as error:
+        messages.append(str(error))
+    untouched = torch.equal(flat(model), before)
+    optimizer.step(tn.over([closure]), curvature=stream)
+    return messages, untouched, optimizer.report.accepted
 
 
 def on_stream_under_ddp(rank: int, size: int) -> Any:

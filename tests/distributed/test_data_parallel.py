@@ -20,7 +20,7 @@ def ranks(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    return launch("data_parallel_cases", 2, tmp_path_factory, only=("on_even", "on_uneven"))
+    return launch("data_parallel_cases", 2, tmp_path_factory, only=("on_even", "on_uneven", "on_streams"))
 
 
 def assert_same(found, name, rtol=1e-10, **how):
@@ -126,17 +126,34 @@ def test_noise_and_kronecker_factors_of_means_and_sums(ranks):
     assert float(factors_of_sum.trace()) == pytest.approx(float(dense.trace()), rel=0.3)  # random u
 
 
-def test_streams_are_refused(ranks):
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize(
+    ("name", "subset"), [("newton-cg", True), ("newton-cg", False), ("cg", False), ("hessian-free", True)]
+)
+def test_batches_of_every_rank_make_the_steps_of_one_process_with_all_data(name, subset, size, ranks, two):
+    found = [rank["on_streams"][name, subset] for rank in (ranks if size == 4 else two)]
+    assert_same(found, name, subset=subset)
+
+
+def test_batches_of_every_rank_in_blocks(ranks):
     for rank in ranks:
-        messages, accepted = rank["on_stream"]
-        assert [message.startswith("process_group: the batches of tn.over") for message in messages] == [True, True]
+        streamed, recorded = rank["on_streams_in_blocks"]
+        assert_close(streamed, recorded)
+
+
+def test_misuse_of_streams_is_named(ranks):
+    for number, rank in enumerate(ranks):
+        messages, untouched, accepted = rank["on_stream_misuse"]
+        assert ["some ranks give several batches" in message for message in messages[:2]] == [True, True]
+        assert messages[2].startswith("mat1 and mat2" if number == 1 else "rank 1 has failed in its closure")
+        assert untouched
         assert accepted
 
 
 def test_streams_under_ddp_are_refused(ranks):
     for rank in ranks:
         message, untouched, batches = rank["on_stream_under_ddp"]
-        assert message.startswith("process_group: the batches of tn.over")
+        assert "not for models under DistributedDataParallel" in message
         assert untouched
         assert batches == 0
 

@@ -50,14 +50,14 @@ class GaussNewton(LinearOperator):
 
     def apply(self, v: Sequence[Tensor]) -> Vector:
         """J'(B(Jv))."""
-        return self.jacobian.adjoint(self._curved(self.jacobian.apply(v)))
+        return self.jacobian.adjoint(self.curved(self.jacobian.apply(v)))
 
     def quadratic_form(self, directions: Sequence[Sequence[Tensor]]) -> tuple[Tensor, float]:
         """(JD)ᵀB(JD): half a product each."""
         moved = [self.jacobian.apply(d) for d in directions]
-        return inner_products(moved, [self._curved(u) for u in moved]), len(moved) / 2
+        return inner_products(moved, [self.curved(u) for u in moved]), len(moved) / 2
 
-    def _curved(self, u: Sequence[Tensor]) -> Vector:
+    def curved(self, u: Sequence[Tensor]) -> Vector:
         """Bu."""
         terms = enumerate(self.tape.terms)
         return [y for number, term in terms for y in term.hessian_product(self.tape.of_term(u, number))]
@@ -113,6 +113,11 @@ class GaussNewton(LinearOperator):
 
     @cached_property
     def _dense(self) -> Tensor:
+        if any(is_distributed(p) for p in self.tape.params):
+            raise ValueError(
+                "GaussNewton: parameters that are DTensors have products alone: solve by CG, MINRES or BiCGSTAB in the "
+                "place of a factorization."
+            )
         if self._rows is None:
             return dense_from_rows(self.tape, self.jacobian)
         R = self._rows.rows()

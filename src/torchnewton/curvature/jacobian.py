@@ -9,7 +9,7 @@ from torch import Tensor
 
 from torchnewton.curvature.operator import LinearOperator
 from torchnewton.record import Tape
-from torchnewton.vectors import Vector, flatten
+from torchnewton.vectors import Vector, add, flatten
 
 
 class Jacobian(LinearOperator):
@@ -44,10 +44,10 @@ class Jacobian(LinearOperator):
 
     def adjoint(self, u: Sequence[Tensor]) -> Vector:
         """Jᵀu."""
-        total = [torch.zeros_like(p) for p in self.tape.params]
+        total: Vector = []
         for number, term in enumerate(self.tape.terms):
-            for t, g in zip(total, term.jacobian_adjoint(self.tape.of_term(u, number)), strict=True):
-                t += g
+            found = term.jacobian_adjoint(self.tape.of_term(u, number))
+            total = add(total, found) if total else found
         return total
 
     def to_dense(self) -> Tensor:

@@ -16,17 +16,13 @@ from torchnewton import vectors
 from torchnewton.curvature import LinearOperator, Shared, noise_parts, noise_scale
 from torchnewton.distributed.processes import ClosureError, Processes
 from torchnewton.distributed.reduced import Reduced, weighted
-from torchnewton.record import Closure, Objective, StreamedTape, Tape, record, tape_of
-from torchnewton.solvers import SolveResult, Status
+from torchnewton.record import StreamedTape, Tape, moved
+from torchnewton.solvers import Operator, SolveResult, Status
 from torchnewton.vectors import Vector
 
 Result = TypeVar("Result")
+Recorded = TypeVar("Recorded", bound=Tape | StreamedTape)
 Table = list[list[float]]
-
-_STREAMED = (
-    "process_group: the batches of tn.over are evaluated in one process. Give every rank a closure on its part of one "
-    "batch, or leave out process_group and DistributedDataParallel."
-)
 
 
 class DataParallel:
@@ -35,6 +31,7 @@ class DataParallel:
     wᵣ = nᵣ / Σ nᵣ for closures that return means over nᵣ samples, 1 for closures that return sums. By default nᵣ is
     what the recorded loss calls divide by (for `cross_entropy` the samples that are not ignored, by their weights),
     else the length of the outputs; with `reduction="sum"` the closure returns a sum. A rank with nᵣ = 0 counts nothing.
+    Of batches by `over`, nᵣ is the sum of their weights, by default their samples, and no argument changes it.
 
     Args:
         group: a process group; by default all ranks.
@@ -81,8 +78,10 @@ class DataParallel:
                 "rank 0."
             )
 
-    def weigh(self, tape: Tape) -> tuple[float, bool]:
+    def weigh(self, tape: Tape | StreamedTape) -> tuple[float, bool]:
         """nᵣ of this rank's tape, and whether its loss is a sum."""
+        if isinstance(tape, StreamedTape):
+            return tape.total_weight, False
         if callable(self.num_samples):
             n = float(self.num_samples(tape))
         else:
@@ -126,9 +125,23 @@ class Alone:
         """v."""
         return v
 
+    def gradient(self, tape: Tape | StreamedTape) -> Vector:
+        """∇f."""
+        return self.reduced(tape.gradient)
+
     def operator(self, A: LinearOperator) -> LinearOperator:
         """A."""
         return A
+
+    def preconditioner(self, M: Operator | None) -> Operator | None:
+        """M."""
+        return M
+
+    @contextmanager
+    def moved(self, params: Sequence[Tensor], direction: Sequence[Tensor], length: float) -> Iterator[None]:
+        """See `torchnewton.record.moved`."""
+        with moved(params, direction, length):
+            yield
 
     @property
     def statistics(self) -> Shared | None:
@@ -166,7 +179,12 @@ class Share(Alone):
     def __init__(self, parallel: DataParallel, table: Table) -> None:
         self.parallel: DataParallel = parallel
         self.processes = parallel.processes
-        counts, sums = [row[0] for row in table], [row[1] for row in table]
+        counts, sums, streamed = ([row[column] for row in table] for column in range(3))
+        if len(set(streamed)) > 1:
+            raise ValueError(
+                "process_group: some ranks give several batches by tn.over, others a closure or a single batch; cut a "
+                "rank's samples into two batches or more."
+            )
         if len(set(sums)) > 1:
             raise ValueError("DataParallel: some ranks return sums, some means; say summed=True or False.")
         self.summed = bool(sums[0])
@@ -178,16 +196,16 @@ class Share(Alone):
         self.fraction = counts[self.processes.rank] / total if total > 0 else 0.0
 
     @classmethod
-    def recorded(cls, parallel: DataParallel, run: Callable[[], Tape]) -> tuple[Tape, Share]:
+    def recorded(cls, parallel: DataParallel, run: Callable[[], Recorded]) -> tuple[Recorded, Share]:
         """Record on every rank."""
 
-        def numbers(tape: Tape) -> list[float]:
+        def numbers(tape: Recorded) -> list[float]:
             n, is_sum = parallel.weigh(tape)
-            return [n, float(is_sum)]
+            return [n, float(is_sum), float(isinstance(tape, StreamedTape))]
 
-        made: list[Tape] = []
+        made: list[Recorded] = []
 
-        def kept() -> Tape:
+        def kept() -> Recorded:
             made.append(run())
             return made[0]
 
@@ -250,51 +268,29 @@ class Share(Alone):
         """See `Processes.spent`."""
         return self.processes.spent()
 
+    def of_first(self, v: Vector) -> Vector:
+        """What rank 0 has found."""
+        return self.processes.of_first(v)
+
     def agreed(self, result: SolveResult, b: Sequence[Tensor]) -> SolveResult:
         """What rank 0 has found for Ax = b: where processors differ, factorizations do so in rounding, or in status."""
         kinds = list(Status)
         curved = result.curved(-vectors.dot(b, result.solution))
-        status, curved, size, can_reuse, can_shift = self.processes.numbers_of_first(
-            [kinds.index(result.status), curved, result.residual_norm, bool(result.reuse), bool(result.shifted)]
-        )
+        numbers = [kinds.index(result.status), curved, result.residual_norm, bool(result.reuse), bool(result.shifted)]
+        agreed = self.processes.numbers_of_first([*numbers, *result.coefficients])
+        status, curved, size, can_reuse, can_shift = agreed[:5]
         reuse, shifted = result.reuse or list, result.shifted or (lambda more: result)
         return replace(
             result,
-            solution=self.processes.of_first(result.solution),
+            solution=self.of_first(result.solution),
             residual=None,
             residual_norm=size,
             status=kinds[int(status)],
-            reuse=(lambda rhs: self.processes.of_first(reuse(rhs))) if can_reuse else None,
+            reuse=(lambda rhs: self.of_first(reuse(rhs))) if can_reuse else None,
             shifted=(lambda more: self.agreed(shifted(more), b)) if can_shift else None,
             curvature=curved,
+            coefficients=tuple(agreed[5:]),
         )
-
-
-def record_share(
-    closure: Closure, params: Sequence[Tensor], parallel: DataParallel | None, *, create_graph: bool = True
-) -> tuple[Tape | StreamedTape, Alone]:
-    """Record a closure; without `parallel` a model under DistributedDataParallel tells its process group."""
-
-    def run() -> Tape:
-        if isinstance(closure, Objective) and closure.is_streamed:
-            raise ValueError(_STREAMED)
-        return record(closure, params, create_graph=create_graph)
-
-    if parallel is not None:
-        if any(vectors.is_distributed(p) for p in params):
-            raise ValueError(
-                "process_group: parameters that are DTensors are summed over by torch itself; leave process_group out "
-                "and give all ranks the same samples."
-            )
-        return Share.recorded(parallel, run)
-    tape = tape_of(closure, params, create_graph=create_graph)
-    group = tape.buffers.process_group
-    if group is None:
-        return tape, Alone()
-    if isinstance(tape, StreamedTape):
-        tape.buffers.restore()
-        raise ValueError(_STREAMED)
-    return Share.recorded(DataParallel(group), lambda: tape)
 
 
 def num_samples(tape: Tape) -> float:

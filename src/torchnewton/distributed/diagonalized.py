@@ -6,12 +6,15 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from torch import Tensor
 
 from torchnewton import vectors
 from torchnewton.curvature import LinearOperator
-from torchnewton.distributed.partition import DiagonalBlock, Partition
+from torchnewton.distributed.axes import Axes
+from torchnewton.distributed.blocks import RangeBlocks
+from torchnewton.distributed.cut_blocks import CutBlocks
 from torchnewton.distributed.processes import Processes
 from torchnewton.distributed.reduced import Reduced
 from torchnewton.solvers import CG, Operator, Plane, SolveResult, Status, StoppingRule
@@ -23,7 +26,8 @@ class Quorum:
     """A rank's solve also ends once `share` of all ranks are done with theirs, after `min_iterations` of its own.
 
     A rank is done when its solver has met its tolerance or its limit. Every iteration after the first
-    `min_iterations` asks once, 8 bytes; nobody waits for an answer of another rank.
+    `min_iterations` asks once, 8 bytes; nobody waits for an answer of another rank. From step to step the ranks change
+    their blocks in turn, so that what a slow rank leaves unsolved is another block each time.
     """
 
     share: float = 0.5
@@ -64,14 +68,19 @@ class Diagonalized:
     ½xᵀAx − bᵀx with the whole A, and x₀ is the optimizer's previous step; without it x = d. Without several processes
     there is one block: x is what `solver` finds.
 
-    Rank p has the p-th of equal parts of all parameters in their order, see `Partition`; its block is that of the
-    samples it has seen, a subsampled curvature. For the exact block give all ranks the same `curvature` closure.
+    Rank p has the p-th of equal parts of all parameters in their order, see `Partition`, with a quorum the one after it
+    in the next step; its block is that of the samples it has seen, a subsampled curvature. For the exact block give all
+    ranks the same `curvature` closure.
+
+    On a model that `partition` has cut, rank p solves for the blocks of the layers that it holds, by explicit factors
+    and with all samples: see `CutBlock`.
 
     Cost: the products of the slowest rank, then half a product for each direction; messages: P / ranks numbers for d,
     three for the states of the ranks, k² for the combination of k directions. Memory: `solver`'s vectors by 1 / ranks.
     Source: Wang et al., "Distributed Newton Methods for Deep Neural Networks", arXiv 1802.00130: diagonalization, the
     end of the solve before all are done (abstract), two directions (recalled). Deviations: the model is on every rank,
-    the partition is by ranges of entries, and a product costs what it costs for all parameters.
+    the partition is by ranges of entries, and a product costs what it costs for all parameters, unless `partition` has
+    cut the model.
     """
 
     solver: CG
@@ -91,11 +100,11 @@ class Diagonalized:
         preconditioner: Operator | None = None,
     ) -> SolveResult:
         """See `Solver.solve`; a preconditioner of the whole is not used."""
-        processes = _processes_of(A)
-        if not isinstance(A, LinearOperator) or processes is None:
+        blocks = self._blocks(A, b) if isinstance(A, LinearOperator) else None
+        if not isinstance(A, LinearOperator) or blocks is None:
             found = self.solver.solve(A, b)
         else:
-            found = self._in_blocks(A, b, processes)
+            found = self._in_blocks(A, b, blocks)
         if not self.combine or found.status is Status.NOT_FINITE:
             return found
         best = Plane().over(A, b, [found.solution] if x0 is None else [found.solution, list(x0)])
@@ -107,19 +116,31 @@ class Diagonalized:
             num_products=found.num_products + best.num_products,
         )
 
-    def _in_blocks(self, A: LinearOperator, b: Sequence[Tensor], processes: Processes) -> SolveResult:
+    def _blocks(self, A: LinearOperator, b: Sequence[Tensor]) -> Blocks | None:
+        """Those that the ranks hold, or ranges of a model that is on all of them; None for one process."""
+        share = getattr(A.domain[0], "share", None)
+        if isinstance(share, Axes):
+            return CutBlocks(A.domain, share)
+        processes = _processes_of(A)
+        if processes is None:
+            return None
+        if any(map(vectors.is_distributed, b)):
+            raise ValueError(
+                "Diagonalized: parameters that `shard` has cut have no blocks yet; leave shard out, or take NewtonCG."
+            )
+        return RangeBlocks(b, processes, 0 if self.quorum is None else processes.next_turn())
+
+    def _in_blocks(self, A: LinearOperator, b: Sequence[Tensor], blocks: Blocks) -> SolveResult:
         """The joined direction, not finite where that of a rank is not."""
-        partition = Partition(tuple(x.shape for x in b), processes.size)
-        block = DiagonalBlock(A.own(), partition.ranges(processes.rank))
+        processes, block = blocks.processes, blocks.block(A)
         solver = self._solver(processes)
-        before = processes.bytes
+        before = blocks.spent
         with vectors.agreeing(None):
-            found = solver.solve(block, block.cut(b))
-        exchanged = processes.bytes - before
+            found = solver.solve(block, blocks.cut(b))
+        exchanged = blocks.spent - before
         finite = found.status is not Status.NOT_FINITE
         rows = processes.table([finite, found.num_iterations, found.residual_norm**2 if finite else 0.0])
-        mine = vectors.flatten(found.solution) if found.solution else b[0].new_zeros(0)
-        d = vectors.unflatten(processes.joined(mine, partition.sizes), b)
+        d = blocks.joined(found.solution, b)
         curvature, products = None, 0.0
         if not self.combine:
             form, products = A.quadratic_form([d])
@@ -158,6 +179,29 @@ class _Raising:
         found = self.solver.solve(A, b)
         self.processes.raise_hand(self.topic)
         return found
+
+
+class Blocks(Protocol):
+    """How vectors and operators are cut over the ranks."""
+
+    processes: Processes
+
+    @property
+    def spent(self) -> int:
+        """Bytes exchanged so far."""
+        ...
+
+    def block(self, A: LinearOperator, /) -> LinearOperator:
+        """The diagonal block of this rank."""
+        ...
+
+    def cut(self, v: Sequence[Tensor], /) -> vectors.Vector:
+        """This rank's part of a vector."""
+        ...
+
+    def joined(self, d: Sequence[Tensor], like: Sequence[Tensor], /) -> vectors.Vector:
+        """The vector of all ranks' parts."""
+        ...
 
 
 def _processes_of(A: Operator) -> Processes | None:

@@ -42,13 +42,18 @@ class Processes:
         if self.rank < 0:
             raise ValueError("process_group: this process is no member of it; call step on its members only.")
         self._first = dist.get_global_rank(group, 0)
-        self.bytes = self.messages = self._number = 0
+        self.bytes = self.messages = self._number = self._turn = 0
 
     def spent(self) -> tuple[int, int]:
         """Bytes and messages since the last call."""
         found = self.bytes, self.messages
         self.bytes = self.messages = 0
         return found
+
+    def next_turn(self) -> int:
+        """0, 1, 2, …: the same on all ranks, which ask equally often."""
+        self._turn += 1
+        return self._turn - 1
 
     def sum(self, x: Sequence[Tensor]) -> Vector:
         """Σ of everyone's x, the same on every rank bit by bit; one message for each dtype."""
@@ -72,11 +77,20 @@ class Processes:
 
     def joined(self, x: Tensor, sizes: Sequence[int]) -> Tensor:
         """Everyone's flat x, one after the other; `sizes` are their lengths by rank."""
-        longest = max(sizes)
-        mine = torch.cat([x, x.new_zeros(longest - len(x))])
-        found = [torch.empty_like(mine) for _ in sizes]
+        return torch.cat([part[:size] for part, size in zip(self.parts(x, max(sizes)), sizes, strict=True)])
+
+    def parts(self, x: Tensor, longest: int) -> list[Tensor]:
+        """Everyone's flat x, each filled up to a length that all know."""
+        mine = torch.cat([x, x.new_zeros(longest - len(x))]) if len(x) < longest else x
+        found = [torch.empty_like(mine) for _ in range(self.size)]
         self._exchange(mine, lambda: dist.all_gather(found, mine, group=self.group, async_op=True))
-        return torch.cat([part[:size] for part, size in zip(found, sizes, strict=True)])
+        return found
+
+    def part_of_sum(self, rows: Tensor) -> Tensor:
+        """This rank's row of Σ `rows` over the ranks; a row for each rank."""
+        mine = torch.empty_like(rows[self.rank])
+        self._exchange(rows, lambda: dist.reduce_scatter(mine, list(rows), group=self.group, async_op=True))
+        return mine
 
     def raise_hand(self, topic: str) -> None:
         """Tell the others, who may ask at any time, that this rank is done."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from torchnewton.optim.complete_state import as_before, completed, mark_initialized
 from torchnewton.optim.evaluation import (
     Calls,
     StepFailedError,
@@ -88,6 +89,25 @@ class DCASGD(Optimizer):
         super().__init__(params, defaults)
         self.delay = delay
         self.report = StepReport()
+        mark_initialized(self)
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `torch.optim.Optimizer.state_dict`; complete before the first step, too."""
+        workers = [str(i) for i in range(self.delay + 1)]
+
+        def blank(p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+            found: dict[str, Any] = {"backups": {worker: p.clone() for worker in workers}}
+            if group["adaptive"]:
+                found["mean_squares"] = {worker: torch.zeros_like(p) for worker in workers}
+            if group["momentum"]:
+                found["momentum"] = torch.zeros_like(p)
+            return found
+
+        return completed(self, super().state_dict(), {"turn": 0}, blank)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """See `torch.optim.Optimizer.load_state_dict`."""
+        super().load_state_dict(as_before(state_dict, ["turn"]))
 
     @torch.no_grad()
     def step(self, closure: Closure | None = None) -> Any:
@@ -144,7 +164,9 @@ class DCASGD(Optimizer):
         for g, (p, group) in zip(gradient, pairs, strict=True):
             if g is not None:
                 state = self.state[p]
-                squares = state.setdefault("mean_squares", {}) if group["adaptive"] else {}
+                if group["adaptive"] and "mean_squares" not in state:
+                    state["mean_squares"] = {known: torch.zeros_like(p) for known in state.get("backups", {})}
+                squares = state["mean_squares"] if group["adaptive"] else {}
                 backup = state.get("backups", {}).get(worker, p)
                 d, mean_square = compensated(g.to(p), p - backup, squares.get(worker), group)
                 if mean_square is not None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from torchnewton import vectors
+from torchnewton.optim.complete_state import as_before, completed, mark_initialized
 from torchnewton.optim.evaluation import (
     Calls,
     StepFailedError,
@@ -102,6 +103,19 @@ class EntropySGD(Optimizer):
         super().__init__(params, defaults)
         self.inner_steps = inner_steps
         self.report = StepReport()
+        mark_initialized(self)
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `torch.optim.Optimizer.state_dict`; complete before the first step, too."""
+
+        def blank(p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+            return {"step": 0, "momentum": torch.zeros_like(p)} if group["momentum"] else {"step": 0}
+
+        return completed(self, super().state_dict(), {}, blank)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """See `torch.optim.Optimizer.load_state_dict`."""
+        super().load_state_dict(as_before(state_dict))
 
     @property
     def calls_per_step(self) -> int:
@@ -127,7 +141,9 @@ class EntropySGD(Optimizer):
             if d is not None:
                 state = self.state[p]
                 state["step"] = state.get("step", 0) + 1
-                d, state["momentum"] = nesterov(d, state.get("momentum"), group["momentum"])
+                d, velocity = nesterov(d, state.get("momentum"), group["momentum"])
+                if velocity is not None:
+                    state["momentum"] = velocity
                 p.add_(d, alpha=-group["lr"])
         self.report.accepted, self.report.step_length = True, 1.0
         return calls.returned

@@ -15,10 +15,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from torchnewton import vectors
-from torchnewton.curvature import KFAC, Average, Diagonal, GaussNewton, LinearOperator, Shared
-from torchnewton.distributed import Alone, DataParallel, record_share
+from torchnewton.curvature import KFAC, Diagonal, GaussNewton, LinearOperator, Shared
+from torchnewton.distributed import Alone, DataParallel, average_share, record_share, whole_parameters
 from torchnewton.globalization import Armijo, AutoDamping, Damping, LearnsFromNewData, LineSearch, TrustRegion, Unit
 from torchnewton.optim.acceleration import GeodesicAcceleration
+from torchnewton.optim.complete_state import as_before, completed, mark_initialized
 from torchnewton.optim.escape import SaddleEscape
 from torchnewton.optim.glide import GlideState
 from torchnewton.optim.point import Point, penalty
@@ -153,6 +154,7 @@ class Newton(Optimizer):
         self._buffers: BufferSnapshot | None = None
         self.data_parallel = DataParallel.of(process_group)
         self.report = StepReport()
+        mark_initialized(self)
 
     @property
     def radius(self) -> float:
@@ -168,18 +170,29 @@ class Newton(Optimizer):
         return None if self.preconditioner is None else self.preconditioner.inverse(damping)
 
     def state_dict(self) -> dict[str, Any]:
-        """See `torch.optim.Optimizer.state_dict`; that of the preconditioner is in it."""
+        """See `torch.optim.Optimizer.state_dict`; that of the preconditioner is in it.
+
+        Complete before the first step, too, so that `torch.distributed.checkpoint` finds every place to load into.
+        """
+        first = self._first_memory()
         if self._running is not None:
-            self._memory["preconditioner"] = self._running.state_dict()
-        return super().state_dict()
+            first["preconditioner"] = self._running.state_dict()
+        chooses = self.choice is not None
+        entries = {"last_step": chooses or self._needs_last_step, "anchor": chooses, "momentum": self.momentum > 0}
+        names = [name for name, is_kept in entries.items() if is_kept]
+        return completed(self, super().state_dict(), first, lambda p, _: {name: torch.zeros_like(p) for name in names})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """See `torch.optim.Optimizer.load_state_dict`."""
-        states = {i: dict(state) for i, state in state_dict["state"].items()}
-        kept = [state.pop("preconditioner") for state in states.values() if "preconditioner" in state]
-        super().load_state_dict({**state_dict, "state": states})  # which casts tensors to the parameters' dtype
+        state_dict = as_before(state_dict, [*self._first_memory(), "preconditioner"])
+        kept = [state.pop("preconditioner") for state in state_dict["state"].values() if "preconditioner" in state]
+        super().load_state_dict(state_dict)  # which casts tensors to the parameters' dtype
         if self._running is not None and kept:
             self._running.load_state_dict(kept[0])
+
+    @property
+    def _needs_last_step(self) -> bool:
+        return isinstance(self.damping, LearnsFromNewData) or isinstance(self.solver, UsesPreviousStep)
 
     @torch.no_grad()
     def step(self, closure: Closure | None = None, curvature: Closure | None = None) -> Any:
@@ -192,6 +205,10 @@ class Newton(Optimizer):
         pairs = [(p, group["weight_decay"]) for group in self.param_groups for p in group["params"] if p.requires_grad]
         if not pairs:
             raise ValueError(f"{type(self).__name__}.step: no parameter of the optimizer requires a gradient.")
+        with whole_parameters([p for p, _ in pairs], self.data_parallel):
+            return self._step(closure, curvature, pairs)
+
+    def _step(self, closure: Closure, curvature: Closure | None, pairs: list[tuple[Tensor, float]]) -> Any:
         self.report = StepReport(damping=self._memory["damping"] * (self._memory["scale"] or 1.0))
         if self.trust_region is not None:
             self.report.radius = self.radius
@@ -262,7 +279,8 @@ class Newton(Optimizer):
         if not math.isfinite(value) or glide.is_test_due(state, value):
             return False
         with self._timed("solve"):
-            M, b = kfac.inverse(report.damping), vectors.scale(gradient, -1.0)
+            inverse, b = kfac.inverse(report.damping), vectors.scale(gradient, -1.0)
+            M = inverse if share is None else share.preconditioner(inverse) or inverse
             result = solver.solve(M, b, last, M)
             if share is not None:
                 result = share.agreed(result, b)
@@ -445,18 +463,17 @@ class Newton(Optimizer):
         A: LinearOperator
         tape: Tape | StreamedTape
         objective = point.closure if curvature is None else curvature
-        if isinstance(objective, Objective) and objective.is_streamed and point.share.parallel is None:
+        if isinstance(objective, Objective) and objective.is_streamed:
             same = point.tape.random_state if curvature is None else None
             with same_random_numbers(same, [p.device for p in point.params]):
-                A = average = Average(objective, point.params, curvature=self.curvature)
-            tape = average.tape
+                A, tape = average_share(objective, point.params, self.curvature, self.data_parallel)
         else:
             if curvature is None:
                 tape, share = point.recorded, point.share
             else:
                 tape, share = record_share(curvature, point.params, self.data_parallel)
                 point.settled_by(tape)
-            assert isinstance(tape, Tape)  # for mypy: streamed with one process is above, with several refused
+            assert isinstance(tape, Tape)  # for mypy: streamed is above
             A = share.operator(self.curvature(tape))
         if tape.has_rest and not A.covers_whole_loss and not self._memory["warned"]:
             self._memory["warned"] = True
@@ -470,13 +487,15 @@ class Newton(Optimizer):
     def _solve(self, point: Point, solver: Solver, A: LinearOperator, gradient: Vector) -> SolveResult:
         """The direction; a factorization that meets a matrix which rounding has made indefinite raises λ."""
         report, memory = self.report, self._memory
-        rhs = point.tape.descent if gradient is point.tape.gradient else vectors.scale(gradient, -1.0)
+        alone = point.share.parallel is None
+        rhs = point.tape.descent if alone and gradient is point.tape.gradient else vectors.scale(gradient, -1.0)
         start = self._previous_step(point.params) if isinstance(solver, UsesPreviousStep) else None
         if self.preconditioner is not None:
             self.preconditioner.update(point.recorded, point.share.statistics)
         while True:
             damping = report.damping = memory["damping"] * memory["scale"]
-            result = solver.solve(A + damping, rhs, start, self.inverse_at(gradient, damping))
+            M = point.share.preconditioner(self.inverse_at(gradient, damping))
+            result = solver.solve(A + damping, rhs, start, M)
             result = point.share.agreed(result, rhs)
             raised = self.damping.raised(memory["damping"])
             if result.status is not Status.NOT_POSITIVE_DEFINITE or raised <= memory["damping"]:
@@ -577,7 +596,7 @@ class Newton(Optimizer):
         """θ ← θ + αd."""
         self.report.accepted, self.report.step_length = True, step_length
         vectors.add_(params, d, step_length)
-        if isinstance(self.damping, LearnsFromNewData) or isinstance(self.solver, UsesPreviousStep):
+        if self._needs_last_step:
             for p, x in zip(params, d, strict=True):
                 self.state[p]["last_step"] = x * step_length
 
@@ -617,15 +636,25 @@ class Newton(Optimizer):
         """What the optimizer remembers between steps; kept, as in `torch.optim.LBFGS`, with the first parameter."""
         state: dict[str, Any] = self.state[self.param_groups[0]["params"][0]]
         if "damping" not in state:
-            scale = 1.0 if self.damping.unit is Unit.ABSOLUTE else None
-            state.update(step=0, damping=self.damping.start(), scale=scale, last=None)
-            state.update(
-                products=False, checked=False, warned=False, glide=asdict(GlideState()), regime=asdict(RegimeState())
-            )
-            if self.trust_region is not None:
-                params = [p.detach() for group in self.param_groups for p in group["params"]]
-                state["radius"] = self.trust_region.start(vectors.norm(params))
+            state.update(self._first_memory())
         return state
+
+    def _first_memory(self) -> dict[str, Any]:
+        """Of an optimizer that has made no step."""
+        scale = 1.0 if self.damping.unit is Unit.ABSOLUTE else None
+        found: dict[str, Any] = {
+            "step": 0,
+            "damping": self.damping.start(),
+            "scale": scale,
+            "last": None,
+            "glide": asdict(GlideState()),
+            "regime": asdict(RegimeState()),
+        }
+        found.update(products=False, checked=False, warned=False)
+        if self.trust_region is not None:
+            params = [p.detach() for group in self.param_groups for p in group["params"]]
+            found["radius"] = self.trust_region.start(vectors.norm(params))
+        return found
 
     @contextmanager
     def _timed(self, part: str) -> Iterator[None]:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from torchnewton import vectors
 from torchnewton.distributed import DataParallel, record_share
-from torchnewton.record import BufferSnapshot, Closure, RecordError, StreamedTape, Tape, moved
+from torchnewton.record import BufferSnapshot, Closure, RecordError, StreamedTape, Tape
 from torchnewton.vectors import Vector
 
 
@@ -44,7 +44,7 @@ class Point:
         self.value = self.loss + self._penalty()
         self.gradient: Vector = [
             g if w == 0 else g + w * p.detach()
-            for g, p, w in zip(self.share.reduced(self.tape.gradient), self.params, self.weight_decay, strict=True)
+            for g, p, w in zip(self.share.gradient(self.tape), self.params, self.weight_decay, strict=True)
         ]
 
     @property
@@ -77,17 +77,17 @@ class Point:
 
     def evaluate(self, direction: Sequence[Tensor], step_length: float) -> float:
         """F(θ + αd)."""
-        with moved(self.params, direction, step_length):
+        with self.share.moved(self.params, direction, step_length):
             return self.replayed() + self._penalty()
 
     def outputs(self, direction: Sequence[Tensor], step_length: float) -> list[Tensor]:
         """The outputs z at θ + αd."""
-        with moved(self.params, direction, step_length):
+        with self.share.moved(self.params, direction, step_length):
             return self.share.everywhere(self.recorded.evaluate_outputs)
 
     def pull_back(self, u: Sequence[Tensor]) -> Vector:
         """JᵀBu."""
-        total = vectors.zeros_like(self.params)
+        total = vectors.zeros_like(self.recorded.params)
         start = 0
         for term in self.recorded.terms:
             stop = start + len(term.outputs)

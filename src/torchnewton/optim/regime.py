@@ -95,7 +95,7 @@ class RegimeChoice:
         if not self.allows_plane(tape):
             return True
         A = share.operator(GaussNewton(tape))
-        options = Auto().options(A, tape.gradient)
+        options = Auto().options(A, tape.params)
         cheapest = min((flops for name, (flops, _) in options.items() if name != "CG"), default=float("inf"))
         limit = max(self.flops, self.gradients * share.largest(3 * tape.forward_flops))
         return cheapest <= limit and A.can_factor()

@@ -4,7 +4,7 @@ from torchnewton.record.errors import RecordError
 from torchnewton.record.over import Objective, Progress, Weights, over
 from torchnewton.record.plain import plain_gradient
 from torchnewton.record.recorder import LayerCall, outputs
-from torchnewton.record.replay import BufferSnapshot, Closure, RandomState, moved, same_random_numbers
+from torchnewton.record.replay import BufferSnapshot, Closure, RandomState, kept_gradients, moved, same_random_numbers
 from torchnewton.record.samples import NotPerSampleError, PerSample
 from torchnewton.record.stream import StreamedTape, tape_of
 from torchnewton.record.tape import Tape, record
@@ -25,6 +25,7 @@ __all__ = [
     "Tape",
     "Term",
     "Weights",
+    "kept_gradients",
     "moved",
     "outputs",
     "over",

@@ -167,7 +167,8 @@ def _refuse_fsdp(module: nn.Module) -> None:
     if any(base.__name__ in ("FSDPModule", "FullyShardedDataParallel") for base in type(module).__mro__):
         raise RecordError(
             f"{type(module).__name__} is managed by FSDP: its sharded parameters are not in the autograd graph, so no "
-            "curvature product exists. Use DistributedDataParallel or tensor parallelism (DTensor parameters) instead."
+            "curvature product exists. Use tn.shard, which stores parameters in parts, DistributedDataParallel or "
+            "tensor parallelism (DTensor parameters) instead."
         )
 
 

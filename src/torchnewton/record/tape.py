@@ -68,6 +68,13 @@ class Tape:
         """−∇f."""
         return [-g for g in self.gradient]
 
+    def forget_gradient(self) -> None:
+        """Give its memory back; whoever asks for it pays for another backward pass."""
+        for name in ("gradient", "descent"):
+            self.__dict__.pop(name, None)
+        for term in self.terms:
+            term.forget_gradient()
+
     @property
     def pieces(self) -> list[Piece]:
         """The losses ℓ(z) with their weights ∂f/∂ℓ."""

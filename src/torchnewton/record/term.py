@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -71,12 +72,27 @@ class Piece:
         return filled(grad([self.loss_edge], self.edges, [weight]), self.outputs)
 
 
+class Row(NamedTuple):
+    """Where a derivative by a parameter stands in the graph; its value is not kept alive."""
+
+    edge: Edge
+    dtype: torch.dtype
+
+
+def _rows(found: Sequence[Tensor | None]) -> list[Row | None]:
+    return [None if g is None or not g.requires_grad else Row(edge_of(g), g.dtype) for g in found]
+
+
+def _detached(found: Sequence[Tensor | None]) -> list[Tensor | None]:
+    return [None if g is None else g.detach() for g in found]
+
+
 class Term:
     """⟨weight, loss⟩, one summand of the objective: what one `backward` call differentiates.
 
     The pieces are the loss calls that the loss is made of, and then the marked outputs; `outputs` are their distinct z
     in that order. `gradient` is the term's gradient; `rest` says whether part of the loss reaches the parameters
-    beside the pieces. `linearization` is Jᵀu as a function of the leaves `cotangents` u, kept for products: J is its
+    beside the pieces. Of Jᵀu as a function of the leaves `cotangents` u the graph is kept for products: J is its
     derivative.
     """
 
@@ -100,15 +116,25 @@ class Term:
         places = {edge: z for piece in self.pieces for edge, z in zip(piece.edges, piece.outputs, strict=True)}
         self.edges, self.outputs = list(places), list(places.values())
         self.cotangents = self._sum([piece.slope for piece in self.pieces])
-        self._linearization: list[Tensor | None] | None = None
-        if create_graph and not self.pieces:
-            self.gradient = self.gradient_graph
-        elif self.rest:
-            self.gradient = grad([start], self.params, [weight])
-        elif create_graph:
-            self.gradient = self.linearization
-        else:
-            self.gradient = grad(self.edges, self.params, self.cotangents)
+        self._create_graph = create_graph
+        self._rows: list[Row | None] | None = None
+        self._gradient_rows: list[Row | None] | None = None
+        _ = self.gradient  # now: the closure may read it next
+
+    @cached_property
+    def gradient(self) -> list[Tensor | None]:
+        """∇⟨weight, loss⟩; None where a parameter is not used."""
+        if self._create_graph and not self.pieces:
+            return self._differentiated()
+        if self.rest:
+            return grad([self._start], self.params, [self._weight])
+        if self._create_graph:
+            return self._linearized()
+        return grad(self.edges, self.params, self.cotangents)
+
+    def forget_gradient(self) -> None:
+        """Give its memory back; whoever asks for it pays for another backward pass."""
+        self.__dict__.pop("gradient", None)
 
     def _sum(self, parts: Sequence[Sequence[Tensor | None]]) -> list[Tensor]:
         """Per output, the sum of what the pieces give for theirs."""
@@ -120,39 +146,42 @@ class Term:
                     total[position[edge]] += value.detach()
         return total
 
-    @property
-    def linearization(self) -> list[Tensor | None]:
-        """Jᵀu with its graph in u; one backward pass when it is first asked for."""
-        if self._linearization is None:
-            self.cotangents = [u.detach().requires_grad_() for u in self.cotangents]
-            found = grad(self.edges, self.params, self.cotangents, create_graph=True)
-            if self._custom:
-                refuse_once_differentiable(g for g in found if g is not None)
-            self._linearization = found
-        return self._linearization
+    def _linearized(self) -> list[Tensor | None]:
+        """Jᵀu with its graph in u, of which only the places are kept."""
+        self.cotangents = [u.detach().requires_grad_() for u in self.cotangents]
+        found = grad(self.edges, self.params, self.cotangents, create_graph=True)
+        if self._custom:
+            refuse_once_differentiable(g for g in found if g is not None)
+        self._rows = _rows(found)
+        return _detached(found)
 
-    @cached_property
-    def gradient_graph(self) -> list[Tensor | None]:
-        """The gradient with its graph in the parameters; one backward pass when it is first asked for."""
+    def _differentiated(self) -> list[Tensor | None]:
+        """The gradient with its graph in the parameters, of which only the places are kept."""
         weight = self._weight.clone().requires_grad_() if self._custom else self._weight  # shows once_differentiable
         found = grad([self._start], self.params, [weight], create_graph=True)
         if self._custom:
             refuse_once_differentiable(g for g in found if g is not None)
-        return found
+        self._gradient_rows = _rows(found)
+        return _detached(found)
 
     def gradient_product(self, v: Sequence[Tensor]) -> list[Tensor]:
-        """∂⟨g, v⟩/∂θ with g the gradient: the Hessian of the whole term times v."""
-        pairs = [(g, w) for g, w in zip(self.gradient_graph, v, strict=True) if g is not None and g.requires_grad]
-        found = grad([edge_of(g) for g, _ in pairs], self.params, [w.to(g.dtype) for g, w in pairs])
+        """∂⟨g, v⟩/∂θ with g the gradient: the Hessian of the whole term times v. One backward pass more at first."""
+        if self._gradient_rows is None:
+            self._differentiated()
+        assert self._gradient_rows is not None
+        pairs = [(row, w) for row, w in zip(self._gradient_rows, v, strict=True) if row is not None]
+        found = grad([row.edge for row, _ in pairs], self.params, [w.to(row.dtype) for row, w in pairs])
         return filled(found, self.params)
 
     def jacobian_product(self, v: Sequence[Tensor | None]) -> list[Tensor]:
-        """Jv, one tensor per output; None stands for zeros."""
+        """Jv, one tensor per output; None stands for zeros. One backward pass more at first."""
         if all(w is None for w in v):
             return filled([None] * len(self.outputs), self.outputs)
-        entries = zip(self.linearization, v, strict=True)
-        pairs = [(g, w) for g, w in entries if w is not None and g is not None and g.requires_grad]
-        found = grad([edge_of(g) for g, _ in pairs], self.cotangents, [w.to(g.dtype) for g, w in pairs])
+        if self._rows is None:
+            self._linearized()
+        assert self._rows is not None
+        pairs = [(row, w) for row, w in zip(self._rows, v, strict=True) if w is not None and row is not None]
+        found = grad([row.edge for row, _ in pairs], self.cotangents, [w.to(row.dtype) for row, w in pairs])
         return filled(found, self.outputs)
 
     def jacobian_adjoint(self, u: Sequence[Tensor], wanted: Sequence[Tensor | None] | None = None) -> list[Tensor]:

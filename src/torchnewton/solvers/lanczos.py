@@ -11,7 +11,19 @@ from torch import Tensor
 
 from torchnewton.solvers.iteration import accepted, combine, initial_residual, product
 from torchnewton.solvers.result import Operator, SolveResult, Status
-from torchnewton.vectors import Vector, add, add_, dot, norm, num_entries, scale, zeros_like
+from torchnewton.vectors import (
+    Vector,
+    add,
+    add_,
+    clone,
+    dot,
+    is_distributed,
+    norm,
+    num_entries,
+    scale,
+    stored_like,
+    zeros_like,
+)
 
 
 @dataclass(frozen=True)
@@ -192,22 +204,34 @@ class _Process:
 
 
 class Rows:
-    """Vectors stored as the rows of one matrix for each tensor, so that a projection is two products with each."""
+    """Vectors stored as the rows of one matrix for each tensor, so that a projection is two products with each.
+
+    DTensors, of which this process may hold a part, stay as they are: a projection is an inner product for each vector.
+    """
 
     def __init__(self, like: Sequence[Tensor], limit: int) -> None:
-        self.parts = [x.new_empty(limit, x.numel()) for x in like]
+        self.kept: list[Vector] | None = [] if any(map(is_distributed, like)) else None
+        self.parts = [] if self.kept is not None else [x.new_empty(limit, x.numel()) for x in like]
         self.size = 0
 
     def append(self, v: Sequence[Tensor]) -> Vector:
         """The stored copy of v."""
-        rows = [part[self.size] for part in self.parts]
+        self.size += 1
+        if self.kept is not None:
+            self.kept.append(clone(v))
+            return self.kept[-1]
+        rows = [part[self.size - 1] for part in self.parts]
         for row, x in zip(rows, v, strict=True):
             row.copy_(x.reshape(-1))
-        self.size += 1
         return [row.view(x.shape) for row, x in zip(rows, v, strict=True)]
 
     def remove_from(self, w: Vector) -> None:
         """w ← w − RᵀRw."""
+        if self.kept is not None:
+            shares = [dot(v, w) for v in self.kept]
+            for v, share in zip(self.kept, shares, strict=True):
+                add_(w, v, -share)
+            return
         parts = [part[: self.size] for part in self.parts]
         c = torch.stack([part @ x.reshape(-1) for part, x in zip(parts, w, strict=True)]).sum(0)
         for part, x in zip(parts, w, strict=True):
@@ -251,6 +275,5 @@ class _System:
 def random_like(like: Sequence[Tensor], generator: torch.Generator | None = None) -> Vector:
     """Normal random numbers in these shapes; without a generator from the seed 0, the same on every device."""
     generator = generator or torch.Generator().manual_seed(0)
-    return [
-        torch.randn(x.shape, generator=generator, dtype=x.dtype, device=generator.device).to(x.device) for x in like
-    ]
+    found = [torch.randn(x.shape, generator=generator, dtype=x.dtype, device=generator.device) for x in like]
+    return [stored_like(number.to(x.device), x) for number, x in zip(found, like, strict=True)]

@@ -29,6 +29,7 @@ COLOURS = {
     "newton-krylov": "#0c8599",
     "newton-krylov-complex-step": "#66a3b0",
     "newton-cg": "#5c7cfa",
+    "distributed-newton": "#a61e4d",
     "hessian-free": "#343a40",
     "entropy-sgd": "#8f5e2b",
     "dc-asgd": "#868e96",

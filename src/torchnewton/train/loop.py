@@ -240,12 +240,13 @@ def _batch_step(run: Run) -> tuple[Any, int]:
 
 
 def _full_step(run: Run, fraction: float) -> Any:
-    """A Newton step on all data with the curvature of the next block of them; gives the loss."""
+    """A Newton step on all data with the curvature of the next block of them, the ranks' parts of both; the loss."""
     data, seed = run.data, run.generator.initial_seed()
     run.batches += 1
 
     def objective(indices: Tensor) -> Closure:
-        batches = indices.to(data.x_train.device).split(run.batch_size)
+        count = -(-len(indices) // (run.batch_size * run.ranks.size))  # the same on all ranks
+        batches = run.ranks.part(indices).to(data.x_train.device).tensor_split(count)
         return over(
             batches,
             lambda i: loss_function(run.model(data.x_train[i]), data.y_train[i], data.loss),

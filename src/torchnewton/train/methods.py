@@ -10,7 +10,17 @@ import torch
 from torch import nn
 
 from torchnewton.curvature import ComplexStepHessian
-from torchnewton.optim import DCASGD, SGN, EntropySGD, HessianFree, Newton, NewtonCG, NewtonKrylov, WorkerSecant
+from torchnewton.optim import (
+    DCASGD,
+    SGN,
+    DistributedNewton,
+    EntropySGD,
+    HessianFree,
+    Newton,
+    NewtonCG,
+    NewtonKrylov,
+    WorkerSecant,
+)
 from torchnewton.train.data import Dataset
 from torchnewton.train.errors import UsageError, choose
 
@@ -122,6 +132,7 @@ METHODS = {
     "newton-cg": Method(
         lambda model, lr: NewtonCG(model.parameters()), batch=lambda data: 1024, epochs=100, subset=0.05
     ),
+    "distributed-newton": Method(lambda model, lr: DistributedNewton(model.parameters()), batch=_tenth, epochs=12),
     "hessian-free": Method(lambda model, lr: HessianFree(model.parameters()), batch=_tenth, epochs=12),
     "adam": Method(lambda model, lr: torch.optim.Adam(model.parameters(), lr=lr), 1e-3, _ADAM_RATES),
     "sgd": Method(

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from torchnewton.distributed import Diagonalized, Quorum
 from torchnewton.optim import Newton
 from torchnewton.train import data as tasks
 from torchnewton.train import models
@@ -57,6 +58,7 @@ class Settings:
     validation: float | None = None
     center: bool = False
     ranks: int = 1
+    quorum: float | None = None
 
     def __post_init__(self) -> None:
         sizes = ("batch_size", "epochs", "threads", "samples", "test_samples", "ranks")
@@ -65,12 +67,10 @@ class Settings:
             if value is not None and not 0 < value < math.inf:
                 option = name.replace("_", "-")
                 raise UsageError(f"--{option} is {value}: it has to be a positive number.")
-        for name, high in (("subset", 1.0), ("validation", 0.9)):
+        for name, high in (("subset", 1.0), ("validation", 0.9), ("quorum", 1.0)):
             value = getattr(self, name)
             if value is not None and not 0 < value <= high:
                 raise UsageError(f"--{name} is {value}: it has to be above 0 and at most {high:g}.")
-        if self.ranks > 1 and (self.subset or (self.method in METHODS and METHODS[self.method].subset)):
-            raise UsageError("--ranks is for steps on batches, not for --subset and newton-cg, which take all data.")
         if not 0 <= self.seed < 2**63:
             raise UsageError(f"--seed is {self.seed}: it has to be a whole number from 0 to 2⁶³ − 1.")
         if self.epochs and self.seconds:
@@ -106,6 +106,8 @@ def make_run(settings: Settings, data: tasks.Dataset | None = None) -> tuple[Set
     weight_decay = 1 / (settings.C * len(data.x_train)) if settings.C else 0.0
     optimizer = make_optimizer(settings.method, model, settings.lr, weight_decay)
     ranks.give(optimizer, settings.method)
+    if settings.quorum is not None:
+        _give_quorum(optimizer, settings.method, settings.quorum)
     subset = settings.subset or METHODS[settings.method].subset
     if subset is not None and not isinstance(optimizer, Newton):
         raise UsageError(f"--subset is for Newton methods: {settings.method} takes no curvature.")
@@ -119,6 +121,14 @@ def make_run(settings: Settings, data: tasks.Dataset | None = None) -> tuple[Set
         ranks=ranks.size,
     )
     return full, Run(data, model, optimizer, batch_size, generator, ranks=ranks, subset=subset)
+
+
+def _give_quorum(optimizer: torch.optim.Optimizer, method: str, share: float) -> None:
+    """End every rank's solve once that share of the ranks are done with theirs."""
+    solver = optimizer.solver if isinstance(optimizer, Newton) else None
+    if not (isinstance(optimizer, Newton) and isinstance(solver, Diagonalized)):
+        raise UsageError(f"--quorum is for distributed-newton: the ranks of {method} do not solve on their own.")
+    optimizer.solver = replace(solver, quorum=Quorum(share))
 
 
 def _device(name: str) -> torch.device:

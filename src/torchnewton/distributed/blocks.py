@@ -11,7 +11,8 @@ from torch import Tensor
 
 from torchnewton.costs import Costs
 from torchnewton.curvature import LinearOperator
-from torchnewton.vectors import Vector, zeros_like
+from torchnewton.distributed.processes import Processes
+from torchnewton.vectors import Vector, flatten, unflatten, zeros_like
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,39 @@ class Partition:
                 found.append((position, first, end))
             offset += shape.numel()
         return found
+
+
+class RangeBlocks:
+    """What the ranks solve for where every rank has the whole model: the ranges of a `Partition`.
+
+    In the `turn`-th solve rank p has the block p + turn.
+    """
+
+    def __init__(self, like: Sequence[Tensor], processes: Processes, turn: int = 0) -> None:
+        self.processes = processes
+        self.partition = Partition(tuple(x.shape for x in like), processes.size)
+        self.owners = [(rank + turn) % processes.size for rank in range(processes.size)]
+        self.ranges = self.partition.ranges(self.owners[processes.rank])
+
+    @property
+    def spent(self) -> int:
+        """Bytes exchanged so far."""
+        return self.processes.bytes
+
+    def block(self, A: LinearOperator) -> LinearOperator:
+        """This rank's, from its own samples."""
+        return DiagonalBlock(A.own(), self.ranges)
+
+    def cut(self, v: Sequence[Tensor]) -> Vector:
+        """This rank's part of a vector."""
+        return [v[i].reshape(-1)[first:end] for i, first, end in self.ranges]
+
+    def joined(self, d: Sequence[Tensor], like: Sequence[Tensor]) -> Vector:
+        """Every rank's part, in its place: one message."""
+        sizes = [self.partition.sizes[block] for block in self.owners]
+        mine = flatten(d) if d else like[0].new_zeros(0)
+        parts = dict(zip(self.owners, self.processes.joined(mine, sizes).split(sizes), strict=True))
+        return unflatten(torch.cat([parts[block] for block in range(self.processes.size)]), like)
 
 
 class DiagonalBlock(LinearOperator):

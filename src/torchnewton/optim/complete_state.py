@@ -1,0 +1,55 @@
+"""Optimizer states as `torch.distributed.checkpoint` needs them: one form before the first step and after any.
+
+It loads into the places that the `state_dict` of the new optimizer has, wants an entry for every parameter that
+requires a gradient, and leaves out those that are frozen. It knows parameters by name: an optimizer that keeps more
+with its first parameter has to be made anew with the parameters in the same order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+State = dict[str, Any]
+_BLANK = "blank"  # the names of the entries that stand for none
+
+
+def mark_initialized(optimizer: Optimizer) -> None:
+    """Keep `torch.distributed.checkpoint` from calling `step()` without a closure to find out what the state is."""
+    for group in optimizer.param_groups:
+        for p in group["params"][:1]:
+            optimizer.state[p]  # an empty one
+
+
+def completed(optimizer: Optimizer, packed: State, first: State, blank: Callable[[Tensor, State], State]) -> State:
+    """A `state_dict` in which every parameter has the entries that it may have after some steps.
+
+    `blank(parameter, group)` gives these entries where there are none yet, `first` those that the optimizer keeps with
+    its first parameter, which are moved to the first one that requires a gradient.
+    """
+    pairs = [(p, group) for group in optimizer.param_groups for p in group["params"]]
+    states = {i: dict(packed["state"].get(i, {})) for i in range(len(pairs))}
+    memory = {**first, **{key: states[0].pop(key) for key in first if key in states[0]}}
+    for i, (p, group) in enumerate(pairs):
+        missing = {name: value for name, value in blank(p.detach(), group).items() if name not in states[i]}
+        states[i].update(missing)
+        states[i][_BLANK] = list(missing)
+    holder = next((i for i, (p, _) in enumerate(pairs) if p.requires_grad), 0)
+    states[holder].update(memory)
+    return {**packed, "state": states}
+
+
+def as_before(packed: State, first: Sequence[str] = ()) -> State:
+    """What `completed` was made of, from a copy; `first` are the names of what belongs to the first parameter."""
+    states = {i: dict(state) for i, state in packed["state"].items()}
+    for state in states.values():
+        for name in state.pop(_BLANK, ()):
+            del state[name]
+    memory = {key: state.pop(key) for state in states.values() for key in first if key in state}
+    if memory:
+        position = next(i for group in packed["param_groups"] for i in group["params"])
+        states.setdefault(position, {}).update(memory)
+    return {**packed, "state": states}

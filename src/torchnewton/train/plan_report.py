@@ -1,0 +1,126 @@
+"""`torchnewton plan`: what is asked, and the table and the picture of the answer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+import torch
+from matplotlib.figure import Figure
+from matplotlib.ticker import ScalarFormatter
+
+from torchnewton.train.data import load
+from torchnewton.train.errors import UsageError
+from torchnewton.train.exchanges import Network, Step
+from torchnewton.train.figures import STYLE
+from torchnewton.train.plan import Row, is_sizes, planner
+
+HEADERS = ["ranks", "mode", "MB", "messages", "computing, s", "exchanges, s", "step, s", ""]
+_COLOURS = ["#1f5fd0", "#d9480f", "#2b8a3e", "#868e96"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """The options of the command, in the units of its help."""
+
+    model: str = "784-1000-10"
+    data: str | None = None
+    data_dir: str = "data"
+    batch_size: int = 4096
+    ranks: str = "1,2,4,8,16,32,64,128,256,512,1024"
+    bandwidth: float = 10.0
+    latency: float = 50.0
+    flops: str = "auto"
+    iterations: int = 20
+    slow: float = 1.0
+    threads: int = 1
+
+    @property
+    def title(self) -> str:
+        """The task and the network."""
+        task = self.model if self.data is None else f"{self.model} on {self.data}"
+        slow = f", one rank {self.slow:g}× slow" if self.slow > 1 else ""
+        samples = f"{self.batch_size:,} samples, {self.iterations} CG iterations"
+        return f"{task}, {samples}, {self.bandwidth:g} Gbit/s, {self.latency:g} µs{slow}"
+
+
+def predict(request: Request) -> list[Row]:
+    """Every mode for every number of ranks.
+
+    Raises:
+        UsageError: for an option that cannot be understood.
+    """
+    ranks = [_number("ranks", word, whole=True) for word in request.ranks.split(",")]
+    if not (request.bandwidth > 0 and request.latency >= 0):
+        raise UsageError("--bandwidth must be positive and --latency must not be negative.")
+    rate = None if request.flops == "auto" else 1e9 * _number("flops", request.flops)
+    if request.data is None and not is_sizes(request.model):
+        raise UsageError(f"--model {request.model} needs --data; layer sizes as in 784-1000-10 do not.")
+    torch.set_num_threads(request.threads)
+    data = None if request.data is None else load(request.data, Path(request.data_dir))
+    step = Step(0, iterations=request.iterations, num_samples=request.batch_size)
+    plan = planner(
+        request.model, data, step, Network(request.bandwidth * 1e9 / 8, request.latency * 1e-6), rate, request.slow
+    )
+    return [plan.row(mode, int(n)) for n in ranks for mode in (plan.modes if n > 1 else ["exact"])]
+
+
+def _number(option: str, word: str, whole: bool = False) -> float:
+    try:
+        found = float(word)
+    except ValueError:
+        found = 0.0
+    if not 0 < found < float("inf") or (whole and found != int(found)):
+        kind = "whole numbers, at least 1, as in 1,2,4" if whole else "a positive number, or auto"
+        raise UsageError(f"--{option} {word}: give {kind}.")
+    return found
+
+
+def rows(found: Sequence[Row]) -> list[list[str]]:
+    """The table, by `HEADERS`."""
+    best = fastest(found)
+    return [
+        [
+            str(r.ranks),
+            r.mode,
+            f"{r.num_bytes / 1e6:,.3f}",
+            f"{r.messages:,}",
+            f"{r.computing:.4f}",
+            f"{r.exchanging:.4f}",
+            f"{r.seconds:.4f}",
+            "fastest" if best[r.ranks] is r else "",
+        ]
+        for r in found
+    ]
+
+
+def fastest(found: Sequence[Row]) -> dict[int, Row]:
+    """The row of the mode that wins, by ranks."""
+    best: dict[int, Row] = {}
+    for row in found:
+        if row.ranks not in best or row.seconds < best[row.ranks].seconds:
+            best[row.ranks] = row
+    return best
+
+
+def draw_plan(found: Sequence[Row], title: str, path: Path) -> None:
+    """Seconds of a step against ranks, a line for each mode; dashed what of it is computing."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+        axes = figure.subplots()
+        for mode, colour in zip(dict.fromkeys(row.mode for row in found), _COLOURS, strict=False):
+            line = [row for row in found if row.mode == mode]
+            ranks = [row.ranks for row in line]
+            width = 4.0 if mode == "diagonalized" else 1.6  # the quorum's line lies upon it
+            axes.plot(ranks, [r.seconds for r in line], color=colour, marker="o", ms=3, linewidth=width, label=mode)
+            axes.plot(ranks, [row.computing for row in line], color=colour, linestyle="--", linewidth=0.8)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.xaxis.set_major_formatter(ScalarFormatter())
+        axes.set_xlabel("ranks")
+        axes.set_ylabel("seconds a step (dashed: computing)")
+        axes.set_title(title, fontsize=10)
+        axes.legend(frameon=False)
+        figure.savefig(path)
