@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any, Protocol
 
 import torch
@@ -16,23 +16,26 @@ from torch.optim import Optimizer
 
 from torchnewton import vectors
 from torchnewton.curvature import KFAC, Average, Diagonal, GaussNewton, LinearOperator, Shared
-from torchnewton.distributed import DataParallel, record_share
+from torchnewton.distributed import Alone, DataParallel, record_share
 from torchnewton.globalization import Armijo, AutoDamping, Damping, LearnsFromNewData, LineSearch, TrustRegion, Unit
 from torchnewton.optim.acceleration import GeodesicAcceleration
 from torchnewton.optim.escape import SaddleEscape
-from torchnewton.optim.point import Point
+from torchnewton.optim.glide import GlideState
+from torchnewton.optim.point import Point, penalty
 from torchnewton.optim.regime import EXACT, PLANE, RegimeChoice
 from torchnewton.optim.report import StepReport
 from torchnewton.record import (
+    BufferSnapshot,
     Closure,
     Objective,
     RecordError,
     StreamedTape,
     Tape,
+    plain_gradient,
     same_random_numbers,
     warn_about_rest,
 )
-from torchnewton.solvers import Auto, Operator, Solver, SolveResult, Status, UsesPreviousStep
+from torchnewton.solvers import Auto, HeavyBall, Operator, Solver, SolveResult, Status, UsesPreviousStep
 from torchnewton.vectors import Vector
 
 Curvature = Callable[[Tape], LinearOperator]
@@ -147,6 +150,7 @@ class Newton(Optimizer):
         self._running: Preconditioner | None = preconditioner if self.choice is None else KFAC()
         self.acceleration = acceleration
         self.retries = retries
+        self._buffers: BufferSnapshot | None = None
         self.data_parallel = DataParallel.of(process_group)
         self.report = StepReport()
 
@@ -191,8 +195,12 @@ class Newton(Optimizer):
         self.report = StepReport(damping=self._memory["damping"] * (self._memory["scale"] or 1.0))
         if self.trust_region is not None:
             self.report.radius = self.radius
+        params, decays = [p for p, _ in pairs], [w for _, w in pairs]
+        if curvature is None and self.data_parallel is None:
+            glided = self._glided(closure, params, decays)
+            if glided is not None:
+                return glided[0]
         with self._timed("record"):
-            params, decays = [p for p, _ in pairs], [w for _, w in pairs]
             create_graph = self._memory["products"] and curvature is None
             point = Point(closure, params, decays, create_graph=create_graph, parallel=self.data_parallel)
         self.data_parallel = point.share.parallel
@@ -215,10 +223,66 @@ class Newton(Optimizer):
         returned = point.tape.returned
         return returned.detach() if isinstance(returned, Tensor) else returned
 
+    def _glided(self, closure: Closure, params: list[Tensor], decays: list[float]) -> tuple[Any] | None:
+        """A gliding step from an ordinary backward pass; None where the next step needs a recorded one."""
+        solver, kfac = self._glider(params), self._running
+        if solver is None or self._buffers is None or not isinstance(kfac, KFAC) or kfac.is_due:
+            return None
+        buffers = self._buffers.renewed()
+        try:
+            with self._timed("record"):
+                returned, gradient = plain_gradient(closure, params)
+            self.report.loss = float(returned)
+            value = self.report.loss + penalty(params, decays)
+            gradient = [g if w == 0 else g + w * p for g, p, w in zip(gradient, params, decays, strict=True)]
+            if not self._glide(solver, params, gradient, value):
+                buffers.restore()
+                return None
+        except BaseException:
+            buffers.restore()
+            raise
+        kfac.skip()
+        return (returned.detach() if isinstance(returned, Tensor) else returned,)
+
+    def _glider(self, params: list[Tensor]) -> HeavyBall | None:
+        """What makes the next step if it is to glide."""
+        if self.choice is None or PLANE.glide is None or self._memory["exact"] is not False:
+            return None
+        return PLANE.glide.solver(GlideState(**self._memory["glide"])) if self._previous_step(params) else None
+
+    def _glide(
+        self, solver: HeavyBall, params: list[Tensor], gradient: Vector, value: float, share: Alone | None = None
+    ) -> bool:
+        """A step without a model of the loss; False, and nothing done, where something is alarming."""
+        memory, report, kfac, glide = self._memory, self.report, self._running, PLANE.glide
+        state, last = GlideState(**memory["glide"]), self._previous_step(params)
+        assert glide is not None  # as `_glider` has seen to
+        assert kfac is not None
+        assert last is not None
+        if not math.isfinite(value) or glide.is_test_due(state, value):
+            return False
+        with self._timed("solve"):
+            M, b = kfac.inverse(report.damping), vectors.scale(gradient, -1.0)
+            result = solver.solve(M, b, last, M)
+            if share is not None:
+                result = share.agreed(result, b)
+        report.gradient_norm = vectors.norm(gradient)
+        if not (math.isfinite(report.gradient_norm) and vectors.is_finite(result.solution)):
+            return False
+        slopes = vectors.dot(gradient, result.solution), vectors.dot(gradient, last)
+        self._move(params, result.solution, 1.0)
+        memory["step"] += 1
+        memory["glide"] = asdict(glide.glided(state, value, *slopes))
+        report.regime, report.solver, report.status = "plane", result.method, result.status.value
+        report.gradient_equivalents += 1.0
+        return True
+
     def _advance(self, point: Point, curvature: Closure | None) -> str:
         """Solve and search; returns why the step must be rejected, or nothing."""
         report, memory = self.report, self._memory
         report.loss, report.gradient_norm = point.loss, vectors.norm(point.gradient)
+        if self._take_back(point):
+            return ""
         if not math.isfinite(point.value):
             return "the loss is not finite"
         if not math.isfinite(report.gradient_norm):
@@ -230,6 +294,11 @@ class Newton(Optimizer):
         with self._timed("search"):
             self._judge_on_new_data(point)
         self._choose_regime(point)
+        glider = self._glider(point.params)
+        if glider is not None and self.preconditioner is not None:
+            self.preconditioner.update(point.recorded, point.share.statistics)
+            done = self._glide(glider, point.params, gradient, point.value, point.share)
+            return "" if done else Status.NOT_FINITE.value
         with self._timed("record"):
             A = self._operator(point, curvature)
             self._find_scale(point, A, gradient)
@@ -249,10 +318,40 @@ class Newton(Optimizer):
         report.gradient_equivalents += 1 + report.loss_evaluations / 3
         report.gradient_equivalents += _fraction_seen(point, curvature) * report.products * A.gradients_per_product
         memory["step"] += 1
+        self._prepare_glide(point, result)
         if self.momentum:
             for p, m in zip(point.params, average, strict=True):
                 self.state[p]["momentum"] = m
         return ""
+
+    def _take_back(self, point: Point) -> bool:
+        """After steps that were not tested: where they have not helped, back to where they began."""
+        memory, glide, state = self._memory, PLANE.glide, GlideState(**self._memory["glide"])
+        if glide is None or not glide.is_test_due(state, point.value):
+            return False
+        back = [self.state[p]["anchor"] - p for p in point.params]
+        with self._timed("search"):
+            before = point.evaluate(back, 1.0)
+        self.report.loss_evaluations += 1
+        failed = glide.has_failed(point.value, before)
+        memory["glide"] = asdict(glide.taken_back(state) if failed else glide.passed(state))
+        if failed:
+            vectors.add_(point.params, back)
+            self.report.status = f"the last {state.gone} steps, not tested before, had raised the loss: taken back"
+            self.report.gradient_equivalents += 4 / 3
+        return failed
+
+    def _prepare_glide(self, point: Point, result: SolveResult) -> None:
+        """After a full step over the plane: what the next ones need to glide."""
+        if self.choice is None or self._memory["exact"] or PLANE.glide is None:
+            return
+        memory, coefficients = self._memory, result.coefficients if self.report.accepted else ()
+        state = PLANE.glide.after(GlideState(**memory["glide"]), point.value, coefficients, memory["step"])
+        memory["glide"] = asdict(state)
+        if state.left > 0:
+            self._buffers = point.plain_buffers
+            for p in point.params:
+                self.state[p]["anchor"] = p.detach().clone()
 
     def _choose_regime(self, point: Point) -> None:
         """Without arguments: the parts of this step."""
@@ -292,7 +391,7 @@ class Newton(Optimizer):
         """Have the closure's data changed since the last step? Then: has that step helped on them, too?"""
         memory, last = self._memory, self._memory["last"]
         memory["last"] = None
-        directions = self._previous_step(point)
+        directions = self._previous_step(point.params)
         if last is None or directions is None or not isinstance(self.damping, LearnsFromNewData):
             return
         damping, ratio, step_length, predicted, value = last
@@ -305,9 +404,9 @@ class Newton(Optimizer):
         if self.choice is not None:
             memory["trust"] = self.choice.trust(memory["trust"], new_ratio)
 
-    def _previous_step(self, point: Point) -> Vector | None:
+    def _previous_step(self, params: Iterable[Tensor]) -> Vector | None:
         """The last step that was made, where it moved the same parameters."""
-        steps = [self.state[p].get("last_step") for p in point.params]
+        steps = [self.state[p].get("last_step") for p in params]
         known = [d for d in steps if d is not None]
         return known if len(known) == len(steps) else None
 
@@ -351,7 +450,7 @@ class Newton(Optimizer):
         """The direction; a factorization that meets a matrix which rounding has made indefinite raises λ."""
         report, memory = self.report, self._memory
         rhs = point.tape.descent if gradient is point.tape.gradient else vectors.scale(gradient, -1.0)
-        start = self._previous_step(point) if isinstance(solver, UsesPreviousStep) else None
+        start = self._previous_step(point.params) if isinstance(solver, UsesPreviousStep) else None
         if self.preconditioner is not None:
             self.preconditioner.update(point.recorded, point.share.statistics)
         while True:
@@ -447,15 +546,19 @@ class Newton(Optimizer):
             report.status = "no step length gave a sufficient decrease"
             memory["damping"] = rule.raised(memory["damping"])
             return
-        report.accepted, report.step_length = True, found.step_length
-        point.move(d, found.step_length)
+        self._move(point.params, d, found.step_length)
         if isinstance(rule, LearnsFromNewData):
             ratio, predicted = report.reduction_ratio, report.predicted_reduction
             memory["last"] = (memory["damping"], ratio, alpha, predicted, found.value)
-        if isinstance(rule, LearnsFromNewData) or isinstance(self.solver, UsesPreviousStep):
-            for p, x in zip(point.params, d, strict=True):
-                self.state[p]["last_step"] = x * found.step_length
         memory["damping"] = rule.update(memory["damping"], report.reduction_ratio, alpha, memory["step"] + 1)
+
+    def _move(self, params: list[Tensor], d: Vector, step_length: float) -> None:
+        """θ ← θ + αd."""
+        self.report.accepted, self.report.step_length = True, step_length
+        vectors.add_(params, d, step_length)
+        if isinstance(self.damping, LearnsFromNewData) or isinstance(self.solver, UsesPreviousStep):
+            for p, x in zip(params, d, strict=True):
+                self.state[p]["last_step"] = x * step_length
 
     def _undo(self, point: Point, saved: dict[Tensor, dict[str, Any]], running: dict[str, Any] | None) -> None:
         """Buffers and state as before the step; the parameters have not moved."""
@@ -495,7 +598,7 @@ class Newton(Optimizer):
         if "damping" not in state:
             scale = 1.0 if self.damping.unit is Unit.ABSOLUTE else None
             state.update(step=0, damping=self.damping.start(), scale=scale, last=None, exact=None, trust=0.5)
-            state.update(products=False, checked=False, warned=False)
+            state.update(products=False, checked=False, warned=False, glide=asdict(GlideState()))
             if self.trust_region is not None:
                 params = [p.detach() for group in self.param_groups for p in group["params"]]
                 state["radius"] = self.trust_region.start(vectors.norm(params))

@@ -10,6 +10,7 @@ from torchnewton.curvature import DifferenceJacobian, GaussNewton, LinearOperato
 from torchnewton.distributed import Alone
 from torchnewton.globalization import AutoDamping, Damping, LevenbergMarquardt, Unit
 from torchnewton.optim.acceleration import GeodesicAcceleration
+from torchnewton.optim.glide import Glide
 from torchnewton.record import StreamedTape, Tape
 from torchnewton.solvers import Auto, Plane, Solver
 from torchnewton.vectors import is_distributed
@@ -24,6 +25,7 @@ class Regime:
     damping: Damping
     acceleration: GeodesicAcceleration | None
     preconditioned: bool
+    glide: Glide | None = None
 
 
 def _by_differences(tape: Tape) -> GaussNewton:
@@ -40,6 +42,7 @@ PLANE = Regime(
     LevenbergMarquardt(initial=1.0, minimum=1e-3, unit=Unit.NOISE),
     acceleration=None,
     preconditioned=True,
+    glide=Glide(),
 )
 
 
@@ -58,7 +61,7 @@ class RegimeChoice:
     gradients: float = 20.0
     flops: float = 6e9
     memory: float = 0.9
-    least_trust: float = 0.1
+    least_trust: float = 0.3
 
     def starts_exact(self, tape: Tape | StreamedTape, share: Alone) -> bool:
         """Whether a first step with this tape is `EXACT`; the same on all ranks."""

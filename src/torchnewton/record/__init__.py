@@ -2,6 +2,7 @@
 
 from torchnewton.record.errors import RecordError
 from torchnewton.record.over import Objective, Progress, Weights, over
+from torchnewton.record.plain import plain_gradient
 from torchnewton.record.recorder import LayerCall, outputs
 from torchnewton.record.replay import BufferSnapshot, Closure, RandomState, moved, same_random_numbers
 from torchnewton.record.samples import NotPerSampleError, PerSample
@@ -27,6 +28,7 @@ __all__ = [
     "moved",
     "outputs",
     "over",
+    "plain_gradient",
     "record",
     "same_random_numbers",
     "tape_of",

@@ -5,6 +5,7 @@ from torchnewton.solvers.bicgstab import BiCGSTAB
 from torchnewton.solvers.cg import CG
 from torchnewton.solvers.direct import Direct
 from torchnewton.solvers.dual import Dual
+from torchnewton.solvers.heavy_ball import HeavyBall
 from torchnewton.solvers.lanczos import Lanczos, LanczosResult, RitzValues
 from torchnewton.solvers.minres import MINRES
 from torchnewton.solvers.negative_curvature import AlongNegativeCurvature
@@ -26,6 +27,7 @@ __all__ = [
     "BlockDiagonal",
     "Direct",
     "Dual",
+    "HeavyBall",
     "Jacobi",
     "Lanczos",
     "LanczosResult",

@@ -88,6 +88,7 @@ class Plane:
             negative_curvature=found.negative_curvature,
             method=f"plane of {len(directions)} directions",
             curvature=found.curvature,
+            coefficients=tuple(found.coefficients),
         )
 
     @property

@@ -27,6 +27,7 @@ class Status(Enum):
     LEAST_SQUARES = "the matrix is singular and the residual is the smallest there is"
     BREAKDOWN = "the recurrence broke down: start again from this iterate"
     INDEFINITE_PRECONDITIONER = "the preconditioner is not positive definite"
+    NOT_SOLVED = "coefficients of earlier steps were used"
     NOT_FINITE = "a product with the curvature was not finite"
 
 
@@ -39,7 +40,8 @@ class SolveResult:
     `reuse` solves for another right-hand side with the same factorization, where there is one.
     `shifted` solves (A + δI)x = b likewise. `flops` counts the operations of dense linear algebra, rows of the
     Jacobian included; products are counted apart, and so are `num_evaluations` runs of the closure. `iterates` are
-    earlier iterates x, each with its xᵀAx, among which the objective may choose.
+    earlier iterates x, each with its xᵀAx, among which the objective may choose. `coefficients` are those of x in the
+    few directions of a solver that has such.
     """
 
     solution: Vector
@@ -56,6 +58,7 @@ class SolveResult:
     curvature: float | None = None
     num_evaluations: int = 0
     iterates: Sequence[tuple[Vector, float]] = ()
+    coefficients: tuple[float, ...] = ()
 
     def curved(self, slope: float) -> float:
         """xᵀAx, given −bᵀx: told by the solver, or from the residual b − Ax."""

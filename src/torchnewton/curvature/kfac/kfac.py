@@ -108,10 +108,19 @@ class KFAC:
         self._num_statistics = 0
         self._spectra_at = (0, 0)  # steps and statistics when they were taken
 
+    @property
+    def is_due(self) -> bool:
+        """Whether the next step takes statistics."""
+        return self._num_steps % self.statistics_every == 0
+
+    def skip(self) -> None:
+        """Count a step without a tape, when no statistics are due."""
+        self._num_steps += 1
+
     def update(self, tape: Tape, shared: Shared | None = None) -> None:
         """Count a step, and take statistics from its tape if they are due; for `shared` see `Shared`."""
         self._params = tape.params
-        if self._num_steps % self.statistics_every == 0:
+        if self.is_due:
             tape.require_split()
             fresh = self._statistics.blocks(tape, self._generator)
             if shared is not None:
