@@ -14,6 +14,7 @@ from benchmarks import peers
 from benchmarks.cases import Images, cnn_4layers, perceptron, train
 from benchmarks.timing import measure
 from torchnewton.train.loop import loss_function
+from torchnewton.vectors import flatten
 
 DAMPING = 1e-3
 ACCURACY = 1e-3
@@ -45,7 +46,7 @@ def measure_directions(images: Images, rounds: int = ROUNDS) -> list[dict[str, A
 
 def _row(model: nn.Module, x: Tensor, y: Tensor, rounds: int) -> dict[str, Any]:
     params = list(model.parameters())
-    solutions: dict[str, Tensor] = {}
+    solutions: dict[str, list[Tensor]] = {}
     iterations: dict[str, int] = {}
     cg = tn.CG(rtol=ACCURACY, max_iterations=MAX_ITERATIONS)
 
@@ -57,13 +58,13 @@ def _row(model: nn.Module, x: Tensor, y: Tensor, rounds: int) -> dict[str, Any]:
         jacobian = tn.LayerJacobian(tape) if explicit else tn.Jacobian(tape)
         result = solver.solve(tn.GaussNewton(tape, jacobian) + DAMPING, tape.descent)
         iterations[name] = result.num_iterations
-        solutions[name] = torch.cat([d.flatten() for d in result.solution])
+        solutions[name] = result.solution
 
     def peer() -> None:
         b = [-g for g in torch.autograd.grad(loss(), params)]
         operator = peers.gauss_newton(model, x, y)
         found = peers.damped_solution(operator, b, DAMPING, ACCURACY, MAX_ITERATIONS)
-        solutions["curvlinops, SciPy's CG"], iterations["curvlinops, SciPy's CG"] = found
+        solutions["curvlinops, SciPy's CG"], iterations["curvlinops, SciPy's CG"] = [found[0]], found[1]
 
     work: dict[str, Callable[[], Any]] = {
         "gradient": lambda: torch.autograd.grad(loss(), params),
@@ -76,7 +77,7 @@ def _row(model: nn.Module, x: Tensor, y: Tensor, rounds: int) -> dict[str, Any]:
     return {"seconds": times, "iterations": iterations, "residuals": true_residuals(model, x, y, solutions)}
 
 
-def true_residuals(model: nn.Module, x: Tensor, y: Tensor, solutions: dict[str, Tensor]) -> dict[str, float]:
+def true_residuals(model: nn.Module, x: Tensor, y: Tensor, solutions: dict[str, list[Tensor]]) -> dict[str, float]:
     """‖b − (G + λI)d‖ / ‖b‖ in double precision, by a kept product on a network of its own."""
     model = copy.deepcopy(model).double()
     x = x.double() if x.is_floating_point() else x
@@ -84,4 +85,5 @@ def true_residuals(model: nn.Module, x: Tensor, y: Tensor, solutions: dict[str, 
     tape = tn.record(lambda: loss_function(model(x), y.double() if y.is_floating_point() else y), params)
     A = tn.GaussNewton(tape, tn.Jacobian(tape)) + DAMPING
     b = torch.cat([g.flatten() for g in tape.descent])
-    return {name: float((b - A @ d.double()).norm() / b.norm()) for name, d in solutions.items()}
+    directions = {name: flatten(d).double() for name, d in solutions.items()}
+    return {name: float((b - A @ d).norm() / b.norm()) for name, d in directions.items()}

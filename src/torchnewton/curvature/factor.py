@@ -146,7 +146,7 @@ class LayerRows(WeightedRows):
             block, cotangents = total[start:stop, start:stop], self._cotangents(factor).to(dtype)
             layer, width = factor.layer, self.roots[factor.group].width
             if isinstance(layer, Paired) and gram_by_pairs(layer, width) < gram_by_rows(layer, width):
-                block += self._by_pairs(layer, cotangents)
+                self._add_by_pairs(block, layer, cotangents)
             else:
                 for part in layer.columns(cotangents, self.chunk_bytes):
                     columns = part.flatten(0, 1).mT
@@ -198,8 +198,8 @@ class LayerRows(WeightedRows):
         """Rows of B^½ ∂z/∂s: N × r × shape of a sample of s."""
         return factor.at_output(factor.cotangents.dense())
 
-    def _by_pairs(self, layer: Paired, cotangents: Tensor) -> Tensor:
-        """Σ over pairs of places (l, k) of (aₗ·aₖ)(Dₗ·Dₖ)."""
+    def _add_by_pairs(self, total: Tensor, layer: Paired, cotangents: Tensor) -> None:
+        """Add Σ over pairs of places (l, k) of (aₗ·aₖ)(Dₗ·Dₖ)."""
         D = layer.cotangents(cotangents).squeeze(2).movedim(-1, 2)  # N × r × L × O
         n, r, places, _ = D.shape
         A = layer.inputs().to(D.dtype).reshape(n * places, -1)
@@ -210,15 +210,14 @@ class LayerRows(WeightedRows):
         flat = D.reshape(n * r * places, -1)
         if places == 1:
             outer = symmetric_product(flat.mT, flat.mT, D.dtype)
-            return outer.view(n, r, n, r).mul_(inner.view(n, 1, n, 1)).view(n * r, n * r)
-        gram = D.new_empty(n, r, n * r)
+            total.view(n, r, n, r).addcmul_(outer.view(n, r, n, r), inner.view(n, 1, n, 1))
+            return
         step = max(1, int(self.chunk_bytes / (r * places * len(flat) * D.element_size())))
         for start in range(0, n, step):
             block = D[start : start + step].reshape(-1, flat.shape[1]) @ flat.mT
             pairs = block.view(-1, r, places, n, r, places)
             weights = inner.view(n, places, n, places)[start : start + step]
-            gram[start : start + step] = torch.einsum("arlbsk,albk->arbs", pairs, weights).reshape(-1, r, n * r)
-        return gram.view(n * r, n * r)
+            total.view(n, r, n, r)[start : start + step] += torch.einsum("arlbsk,albk->arbs", pairs, weights)
 
     def _rows_of(self, component: list[Factor], positions: Sequence[int], dtype: torch.dtype) -> Tensor:
         """The rows of these factors in the parameters at these positions."""

@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_
 from torchnewton.record.errors import RecordError
 from torchnewton.record.graph import Edge, edge_of
 from torchnewton.record.losses import ACTIVATIONS, LOSSES, Function, divisor, reduction, split_inputs
+from torchnewton.record.normalization import LayerNormCall
 from torchnewton.record.term import Candidate, Term
 
 _BACKWARD = {Tensor.backward, torch.autograd.backward}
@@ -170,6 +171,7 @@ class Recorder(Watcher):
         self.candidates: list[Candidate] = []
         self.marked: list[Candidate] = []
         self.layer_calls: list[LayerCall] = []
+        self.normalizations: list[LayerNormCall] = []
         self.sizes: dict[Edge, torch.Size] = {}
         self.terms: list[Term] = []
         self.differentiates_parameters = False
@@ -188,7 +190,7 @@ class Recorder(Watcher):
 
     def add_term(self, loss: Tensor, weight: Tensor) -> Term:
         """Add ⟨weight, loss⟩ to the objective."""
-        term = Term(loss, weight, self.candidates, self.marked, self.params, self.create_graph)
+        term = Term(loss, weight, self.candidates, self.marked, self.params, self.create_graph, self.normalizations)
         self.terms.append(term)
         return term
 
@@ -209,6 +211,8 @@ class Recorder(Watcher):
         output = result if isinstance(result, Tensor) else next(tensors_in([result]), None)
         if output is not None and output.grad_fn is not None:
             self.sizes[edge_of(output)] = output.shape
+            if func is F.layer_norm and (call := LayerNormCall.of(args, kwargs, output)) is not None:
+                self.normalizations.append(call)
             self._keep(func, args, kwargs, output)
         return result
 
