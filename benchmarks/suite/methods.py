@@ -80,10 +80,10 @@ def with_part(make: Callable[[nn.Module, float], tn.Newton], share: float) -> St
     return start
 
 
-def usual_batch(method: str, kind: Kind, samples: int) -> int | None:
+def usual_batch(method: str, kind: Kind, samples: int, convolutional: bool = False) -> int | None:
     """The batch of `torchnewton`'s command line for data of this kind and size."""
     shape = torch.empty(samples, 0)  # takes no memory
-    size = default_batch_size(method, Dataset("", kind, shape, shape, shape, shape))
+    size = default_batch_size(method, Dataset("", kind, shape, shape, shape, shape), convolutional=convolutional)
     return None if size >= samples else size
 
 
@@ -165,12 +165,13 @@ def usual(
     weight_decay: float = 0.0,
     first_order_batch: int | None = None,
     levenberg: Entry | None = None,
+    convolutional: bool = False,
 ) -> tuple[Entry, ...]:
     """Every method that fits a task with so many samples; `weight_decay` is that of Newton-CG.
 
     Newton-CG looks at all samples, so it is there up to 10,000; L-BFGS takes mini-batches of 10,000 above.
     """
-    batch = partial(usual_batch, kind=kind, samples=samples)
+    batch = partial(usual_batch, kind=kind, samples=samples, convolutional=convolutional)
     batches = lbfgs_batches or [None if samples <= ALL else ALL]
     return (
         newton(batch("newton")),

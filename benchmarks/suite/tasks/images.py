@@ -64,7 +64,7 @@ IMAGES = (
         problem=lambda folder: Supervised(
             sets.standardized_images(sets.first(data.load("fashion-mnist", folder), None, 2000)), named("lenet")
         ),
-        entries=usual("classification", 60_000, lbfgs_batches=(1000,)),
+        entries=usual("classification", 60_000, lbfgs_batches=(1000,), convolutional=True),
     ),
     Task(
         "cnn-mnist",
@@ -86,6 +86,7 @@ IMAGES = (
             first_order_batch=32,
             lbfgs_iterations=4,
             weight_decay=1 / (C * 2000),
+            convolutional=True,
         ),
     ),
     Task(
@@ -107,6 +108,7 @@ IMAGES = (
             first_order_batch=32,
             lbfgs_iterations=4,
             weight_decay=1 / (C * 3500),
+            convolutional=True,
         ),
     ),
     Task(
@@ -125,6 +127,7 @@ IMAGES = (
         entries=usual(
             "classification",
             60_000,
+            convolutional=True,
             levenberg=rivals.levenberg_marquardt(
                 5000, "CrossEntropyLoss", learning_rate=0.05, solver="qr", max_batch_size=200
             ),

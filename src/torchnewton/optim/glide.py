@@ -48,7 +48,7 @@ class Glide:
     """
 
     longest: int = 20
-    patience: int = 20
+    patience: int = 15
     memory: int = 5
     most: float = 0.9
     alarm: float = 1.3

@@ -33,6 +33,7 @@ class Method:
     default_lr: float | None = None
     rates: tuple[float, ...] = ()
     batch: Callable[[Dataset], int] = lambda data: 64 if len(data.x_train) < 2000 else 128
+    convolutional_batch: Callable[[Dataset], int] | None = None  # where it differs
     epochs: int = 30
     subset: float | None = None  # of the data for the curvature of a step on all data
 
@@ -57,9 +58,11 @@ def make_optimizer(name: str, model: nn.Module, lr: float | None, weight_decay: 
     return optimizer
 
 
-def default_batch_size(name: str, data: Dataset) -> int:
+def default_batch_size(name: str, data: Dataset, *, convolutional: bool = False) -> int:
     """The batch a method is usually run with: small for first order, larger for Newton, all for L-BFGS."""
-    return min(len(data.x_train), METHODS[choose("method", name, NAMES)].batch(data))
+    method = METHODS[choose("method", name, NAMES)]
+    batch = method.convolutional_batch if convolutional and method.convolutional_batch else method.batch
+    return min(len(data.x_train), batch(data))
 
 
 def _newton_batch(data: Dataset) -> int:
@@ -68,6 +71,11 @@ def _newton_batch(data: Dataset) -> int:
     if data.kind == "text":
         return 32
     return min(max(n // 30, 64), 500) if data.kind == "classification" else min(max(n // 10, 250), 1000)
+
+
+def _convolutional_newton_batch(data: Dataset) -> int:
+    """Smaller: a sample costs so much that a step's fixed cost does not count."""
+    return min(max(len(data.x_train) // 240, 64), 250)
 
 
 def _tenth(data: Dataset) -> int:
@@ -120,6 +128,7 @@ METHODS = {
     "newton": Method(
         lambda model, lr: Newton(model.parameters()),
         batch=_newton_batch,
+        convolutional_batch=_convolutional_newton_batch,
         epochs=12,
     ),
     "sgn": Method(lambda model, lr: SGN(model.parameters()), batch=_tenth, epochs=12),

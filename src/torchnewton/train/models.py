@@ -55,6 +55,11 @@ def resolve(spec: str, data: Dataset) -> str:
     return f"{name}:{sizes or _SIZES[name]}" if name in _SIZES else choose("model", name, NAMES)
 
 
+def is_convolutional(spec: str, data: Dataset) -> bool:
+    """Whether the model is one of the convolutional ones."""
+    return resolve(spec, data).partition(":")[0] in _SMALLEST_IMAGE
+
+
 def outputs(data: Dataset) -> int:
     """The number of outputs of a model for `data`."""
     return data.num_classes or data.y_train.shape[-1]

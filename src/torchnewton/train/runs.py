@@ -111,7 +111,9 @@ def make_run(settings: Settings, data: tasks.Dataset | None = None) -> tuple[Set
     subset = settings.subset or METHODS[settings.method].subset
     if subset is not None and not isinstance(optimizer, Newton):
         raise UsageError(f"--subset is for Newton methods: {settings.method} takes no curvature.")
-    batch_size = min(settings.batch_size or default_batch_size(settings.method, data), len(data.x_train))
+    convolutional = models.is_convolutional(settings.model, data)
+    usual = default_batch_size(settings.method, data, convolutional=convolutional)
+    batch_size = min(settings.batch_size or usual, len(data.x_train))
     generator = torch.Generator().manual_seed(settings.seed)
     full = replace(
         settings,
