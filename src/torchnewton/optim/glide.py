@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from statistics import median
 
 from torchnewton.solvers import HeavyBall
@@ -21,7 +21,7 @@ class GlideState:
     """
 
     coefficients: tuple[tuple[float, ...], ...] = ()
-    losses: tuple[float, ...] = field(default=())
+    losses: tuple[float, ...] = ()
     period: int = 2
     left: int = 0
     gone: int = 0
@@ -43,8 +43,12 @@ class Glide:
     What was not tested may go wrong. So on the batch after the last of them, or at once where the loss is `alarm` times
     the largest of the last ten or not finite, the loss is compared with that at the point where the gliding began. If
     it has grown by more than the share `tolerance` there, all these steps are taken back, half as many are made the
-    next time, after `pause` full steps, and h shrinks; else h grows to 1, and the number of gliding steps doubles to at
-    most `longest`, and at most one for every `patience` steps made so far.
+    next time, after `pause` full steps, and h shrinks. Else the number of gliding steps doubles, to at most `longest`,
+    and at most one for every `patience` steps made so far.
+
+    h also follows the slopes. After a step x the gradient g₊ of the next batch tells what slope x has left behind. h
+    shrinks where Σ g₊ᵀx exceeds the share `balance` of Σ |gᵀx| over the gliding steps, else it grows; it stays between
+    `least` and 1. (Σ g₊ᵀx = 0 would minimize the next batch's loss, which is too short-sighted.)
     """
 
     longest: int = 20

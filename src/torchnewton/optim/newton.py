@@ -21,7 +21,7 @@ from torchnewton.globalization import Armijo, AutoDamping, Damping, LearnsFromNe
 from torchnewton.optim.acceleration import GeodesicAcceleration
 from torchnewton.optim.complete_state import as_before, completed, mark_initialized
 from torchnewton.optim.escape import SaddleEscape
-from torchnewton.optim.glide import GlideState
+from torchnewton.optim.glide import Glide, GlideState
 from torchnewton.optim.point import Point, penalty
 from torchnewton.optim.regime import EXACT, PLANE, RegimeChoice, RegimeState
 from torchnewton.optim.report import StepReport
@@ -261,17 +261,23 @@ class Newton(Optimizer):
         kfac.skip()
         return (returned.detach() if isinstance(returned, Tensor) else returned,)
 
+    @property
+    def _gliding(self) -> Glide | None:
+        """The rule for cheaper steps between full ones, in the plane."""
+        return None if self.choice is None else self.choice.glide
+
     def _glider(self, params: list[Tensor]) -> HeavyBall | None:
         """What makes the next step if it is to glide."""
-        if self.choice is None or PLANE.glide is None or self._memory["regime"]["exact"] is not False:
+        glide = self._gliding
+        if glide is None or self._memory["regime"]["exact"] is not False or not self._previous_step(params):
             return None
-        return PLANE.glide.solver(GlideState(**self._memory["glide"])) if self._previous_step(params) else None
+        return glide.solver(GlideState(**self._memory["glide"]))
 
     def _glide(
         self, solver: HeavyBall, params: list[Tensor], gradient: Vector, value: float, share: Alone | None = None
     ) -> bool:
         """A step without a model of the loss; False, and nothing done, where something is alarming."""
-        memory, report, kfac, glide = self._memory, self.report, self._running, PLANE.glide
+        memory, report, kfac, glide = self._memory, self.report, self._running, self._gliding
         state, last = GlideState(**memory["glide"]), self._previous_step(params)
         assert glide is not None  # as `_glider` has seen to
         assert kfac is not None
@@ -347,7 +353,7 @@ class Newton(Optimizer):
 
     def _take_back(self, point: Point) -> bool:
         """After steps that were not tested: where they have not helped, back to where they began."""
-        memory, glide, state = self._memory, PLANE.glide, GlideState(**self._memory["glide"])
+        memory, glide, state = self._memory, self._gliding, GlideState(**self._memory["glide"])
         if glide is None or not glide.is_test_due(state, point.value):
             return False
         back = [self.state[p]["anchor"] - p for p in point.params]
@@ -364,10 +370,11 @@ class Newton(Optimizer):
 
     def _prepare_glide(self, point: Point, result: SolveResult) -> None:
         """After a full step over the plane: what the next ones need to glide."""
-        if self.choice is None or self._memory["regime"]["exact"] or PLANE.glide is None:
+        glide = self._gliding
+        if glide is None or self._memory["regime"]["exact"]:
             return
         memory, coefficients = self._memory, result.coefficients if self.report.accepted else ()
-        state = PLANE.glide.after(GlideState(**memory["glide"]), point.value, coefficients, memory["step"])
+        state = glide.after(GlideState(**memory["glide"]), point.value, coefficients, memory["step"])
         memory["glide"] = asdict(state)
         if state.left > 0:
             self._buffers = point.plain_buffers

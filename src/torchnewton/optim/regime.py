@@ -25,7 +25,6 @@ class Regime:
     damping: Damping
     acceleration: GeodesicAcceleration | None
     preconditioned: bool
-    glide: Glide | None = None
 
 
 def _by_differences(tape: Tape) -> GaussNewton:
@@ -42,7 +41,6 @@ PLANE = Regime(
     LevenbergMarquardt(initial=1.0, minimum=1e-3, unit=Unit.NOISE),
     acceleration=None,
     preconditioned=True,
-    glide=Glide(),
 )
 
 
@@ -77,6 +75,8 @@ class RegimeChoice:
     weight 1 − `memory`, starts at ½; below `trust_in_trial` the trial ends, and the parameters return to where it
     began. Who passes stays, until the average falls below `least_trust`.
 
+    `glide` makes the cheaper steps between full ones in `PLANE`; None for full steps alone.
+
     Always `EXACT` where no Kronecker factors can be made: on a streamed objective (`tn.over`), which keeps no graph,
     and for DTensors. Over several ranks the costs are those of the slowest and of the exchanges, and the Gram matrix is
     not to be had.
@@ -89,6 +89,7 @@ class RegimeChoice:
     trial: int = 20
     trust_in_trial: float = 0.2
     least_trust: float = 0.1
+    glide: Glide | None = Glide()
 
     def is_cheap(self, tape: Tape | StreamedTape, share: Alone) -> bool:
         """Whether `EXACT` can be afforded on this tape; the same on all ranks."""
