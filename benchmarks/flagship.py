@@ -2,8 +2,8 @@
 
     python -m benchmarks.flagship --data-dir DIR
 
-Gradients' worth of work, not seconds: they do not depend on the machine's load. Written to benchmarks/results/studies/flagship.jsonl and
-the table of docs/newton.md.
+Gradients' worth of work, not seconds: it does not depend on the machine's load. Written to
+benchmarks/results/studies/flagship.jsonl and the table of docs/newton.md.
 """
 
 from __future__ import annotations
@@ -150,9 +150,9 @@ def main() -> None:
     lines = [[variant, *cells] for variant, cells in found.items()]
     targets = [f"{name}, {value_text(TASKS[name], TASKS[name].targets[-1])}" for name in NAMES]
     text = (
-        f"Work to the target on the tasks of [results.md](results.md), in gradients of a step's batch (a forward pass is a "
-        f"third; factorizations are not counted), medians of {SEEDS} seeds; “–” is a target not reached with {WORK:.0f}, "
-        f"with the best value. Empty: a step would take seconds. {rows.machine()}\n\n"
+        f"Work to the target on the tasks of [results.md](results.md), in gradients of a step's batch (a forward pass "
+        f"is a third; factorizations are not counted), medians of {SEEDS} seeds; “–” is a target not reached with "
+        f"{WORK:.0f}, with the best value. Empty: a step would take seconds. {rows.machine()}\n\n"
         + table(["", *targets], lines)
         + "\n\nMade by `python -m benchmarks.flagship --data-dir DIR`."
     )

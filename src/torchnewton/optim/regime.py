@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TypeGuard
 
 from torchnewton.curvature import DifferenceJacobian, GaussNewton, LinearOperator
@@ -89,7 +89,7 @@ class RegimeChoice:
     trial: int = 20
     trust_in_trial: float = 0.2
     least_trust: float = 0.1
-    glide: Glide | None = Glide()
+    glide: Glide | None = field(default_factory=Glide)
 
     def is_cheap(self, tape: Tape | StreamedTape, share: Alone) -> bool:
         """Whether `EXACT` can be afforded on this tape; the same on all ranks."""
