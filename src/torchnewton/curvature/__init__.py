@@ -12,10 +12,11 @@ from torchnewton.curvature.gram import Gram
 from torchnewton.curvature.halves import Halves
 from torchnewton.curvature.hessian import Hessian
 from torchnewton.curvature.jacobian import Jacobian
-from torchnewton.curvature.kfac import KFAC, Shared
+from torchnewton.curvature.kfac import KFAC
 from torchnewton.curvature.layer_jacobian import LayerJacobian
 from torchnewton.curvature.noise import noise_parts, noise_scale
 from torchnewton.curvature.operator import Diagonal, LinearOperator
+from torchnewton.curvature.shared import Rows, Shared
 
 __all__ = [
     "KFAC",
@@ -37,6 +38,7 @@ __all__ = [
     "Jacobian",
     "LayerJacobian",
     "LinearOperator",
+    "Rows",
     "Shared",
     "complex_step_rule",
     "directional_derivative",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from torchnewton.curvature.shared import Shared, rows_of
 from torchnewton.record import Tape, Term
 
 _CLASSES_SECOND = {"cross_entropy", "nll_loss"}
@@ -25,12 +26,15 @@ def noise_scale(tape: Tape, generator: torch.Generator | None = None) -> float:
     return squares / trace if trace > 0 else 0.0
 
 
-def noise_parts(tape: Tape, generator: torch.Generator | None = None) -> tuple[float, float]:
-    """Σ N‖∂f/∂z‖² and tr B, the two parts of κ."""
+def noise_parts(
+    tape: Tape, generator: torch.Generator | None = None, shared: Shared | None = None
+) -> tuple[float, float]:
+    """Σ N‖∂f/∂z‖² and tr B, the two parts of κ; for several processes, each of its samples, see `Shared`."""
+    shared, generator = shared or Shared(), generator or torch.default_generator
     squares = trace = 0.0
     for term in tape.terms:
         u = [x.detach() for x in term.cotangents]
-        signs = [torch.randint(2, x.shape, generator=generator, dtype=torch.int8).to(x).mul_(2).sub_(1) for x in u]
+        signs = [rows.signs(x, generator) for x, rows in zip(u, rows_of(u, shared), strict=True)]
         curved = term.hessian_product(signs)
         squares += _num_samples(term) * sum(float(x.square().sum()) for x in u)
         trace += sum(float((x * y).sum()) for x, y in zip(signs, curved, strict=True))

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from torchnewton import vectors
-from torchnewton.curvature import LinearOperator, Shared, noise_parts, noise_scale
+from torchnewton.curvature import LinearOperator, Rows, Shared, noise_parts, noise_scale
 from torchnewton.distributed.processes import ClosureError, Processes
 from torchnewton.distributed.reduced import Reduced, weighted
 from torchnewton.record import StreamedTape, Tape, moved
@@ -236,16 +236,14 @@ class Share(Alone):
 
     @property
     def statistics(self) -> Shared | None:
-        """Σ wᵣLᵣ and the mean of the Rᵣ over the samples, in one message."""
-        return self._shared
-
-    def _shared(self, left: Vector, right: Vector) -> tuple[Vector, Vector]:
-        found = self.processes.sum([*weighted(left, self.weight), *weighted(right, self.fraction)])
-        return found[: len(left)], found[len(left) :]
+        """How statistics become those of the samples of all ranks."""
+        return SharedByRanks(self)
 
     def noise_scale(self, tape: Tape, generator: torch.Generator) -> float:
         """That of all samples: with sᵣ, tᵣ of rank r and its fraction pᵣ of the samples Σ wᵣ²sᵣ/pᵣ / Σ wᵣtᵣ."""
-        squares, trace = noise_parts(tape, generator) if self.fraction else (0.0, 0.0)
+        squares, trace = noise_parts(tape, generator, self.statistics)
+        if not self.fraction:
+            squares = trace = 0.0
         rows = self.processes.table([self.weight**2 * squares / (self.fraction or 1.0), self.weight * trace])
         squares, trace = (sum(column) for column in zip(*rows, strict=True))
         return squares / trace if trace > 0 else 0.0
@@ -291,6 +289,30 @@ class Share(Alone):
             curvature=curved,
             coefficients=tuple(agreed[5:]),
         )
+
+
+class SharedByRanks(Shared):
+    """Every rank has some of the samples."""
+
+    def __init__(self, share: Share) -> None:
+        self.share, self.processes = share, share.processes
+
+    def factors(self, left: Vector, right: Vector) -> tuple[Vector, Vector]:
+        """Σ wᵣLᵣ and the mean of the Rᵣ over the samples, in one message."""
+        share = self.share
+        found = self.processes.sum([*weighted(left, share.weight), *weighted(right, share.fraction)])
+        return found[: len(left)], found[len(left) :]
+
+    def rows(self, counts: Sequence[int]) -> list[Rows]:
+        """See `Shared.rows`: one message."""
+        columns = zip(*self.processes.table(counts), strict=True)
+        before = self.processes.rank
+        return [Rows(int(sum(column[:before])), int(sum(column))) for column in columns]
+
+    def sums(self, numbers: Sequence[float]) -> list[float]:
+        """See `Shared.sums`: one message."""
+        table = self.processes.table(numbers if self.share.fraction else [0.0] * len(numbers))
+        return [math.fsum(column) for column in zip(*table, strict=True)]
 
 
 def num_samples(tape: Tape) -> float:

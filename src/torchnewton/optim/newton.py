@@ -189,6 +189,7 @@ class Newton(Optimizer):
         super().load_state_dict(state_dict)  # which casts tensors to the parameters' dtype
         if self._running is not None and kept:
             self._running.load_state_dict(kept[0])
+        self._use_regime()
 
     @property
     def _needs_last_step(self) -> bool:
@@ -269,9 +270,9 @@ class Newton(Optimizer):
     def _glider(self, params: list[Tensor]) -> HeavyBall | None:
         """What makes the next step if it is to glide."""
         glide = self._gliding
-        if glide is None or self._memory["regime"]["exact"] is not False or not self._previous_step(params):
+        if glide is None or self.momentum or self._memory["regime"]["exact"] is not False:
             return None
-        return glide.solver(GlideState(**self._memory["glide"]))
+        return glide.solver(GlideState(**self._memory["glide"])) if self._previous_step(params) else None
 
     def _glide(
         self, solver: HeavyBall, params: list[Tensor], gradient: Vector, value: float, share: Alone | None = None
@@ -315,17 +316,17 @@ class Newton(Optimizer):
         if report.gradient_norm == 0 and self.escape is None:
             report.status = "the gradient is zero: this is a stationary point"
             return ""
+        glider = self._glider(point.params)
+        if glider is not None and self._running is not None:
+            self._running.update(point.recorded, point.share.statistics)
+            done = self._glide(glider, point.params, point.gradient, point.value, point.share)
+            return "" if done else Status.NOT_FINITE.value
         average, gradient = self._averaged(point)
         with self._timed("search"):
             same_data = self._judge_last_step(point)
         if self._choose_regime(point, same_data):
             self._return_to_anchor(point.params, "exact steps, on trial, have fitted their batches alone: taken back")
             return ""
-        glider = self._glider(point.params)
-        if glider is not None and self.preconditioner is not None:
-            self.preconditioner.update(point.recorded, point.share.statistics)
-            done = self._glide(glider, point.params, gradient, point.value, point.share)
-            return "" if done else Status.NOT_FINITE.value
         with self._timed("record"):
             A = self._operator(point, curvature)
             self._find_scale(point, A, gradient)
@@ -390,11 +391,9 @@ class Newton(Optimizer):
             state = choice.first(point.tape, point.share)
         elif choice.allows_plane(point.tape) and not GlideState(**memory["glide"]).gone:
             state, failed = choice.next(before, memory["step"], same_data)
-        regime = EXACT if state.exact else PLANE
         self.report.regime = "exact" if state.exact else "plane"
-        self.curvature, self.solver, self.damping = regime.curvature, regime.solver, regime.damping
-        self.acceleration = regime.acceleration
-        self.preconditioner = self._running if regime.preconditioned else None
+        memory["regime"] = asdict(state)
+        self._use_regime()
         if state.exact != before.exact:
             damping, scale = state.other or (self.damping.start(), None)
             state = replace(state, other=None if before.exact is None else (memory["damping"], memory["scale"]))
@@ -403,6 +402,16 @@ class Newton(Optimizer):
                 self._set_anchor(point.params)
         memory["regime"] = asdict(state)
         return failed
+
+    def _use_regime(self) -> None:
+        """Take the parts of the regime that is remembered."""
+        exact = self._memory["regime"]["exact"]
+        if self.choice is None or exact is None:
+            return
+        regime = EXACT if exact else PLANE
+        self.curvature, self.solver, self.damping = regime.curvature, regime.solver, regime.damping
+        self.acceleration = regime.acceleration
+        self.preconditioner = self._running if regime.preconditioned else None
 
     def _set_anchor(self, params: Iterable[Tensor]) -> None:
         """Where the next steps may be taken back to."""
@@ -614,6 +623,7 @@ class Newton(Optimizer):
             self._running.load_state_dict(running)
         for p, state in saved.items():
             self.state[p] = state
+        self._use_regime()
 
     def _reject(self, reason: str) -> None:
         self.report.status = f"rejected: {reason}"

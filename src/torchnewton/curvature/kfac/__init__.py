@@ -1,5 +1,5 @@
 """Kronecker-factored curvature."""
 
-from torchnewton.curvature.kfac.kfac import KFAC, Shared
+from torchnewton.curvature.kfac.kfac import KFAC
 
-__all__ = ["KFAC", "Shared"]
+__all__ = ["KFAC"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,13 +11,10 @@ from torch import Tensor
 from torchnewton.curvature.kfac.blocks import Block, KroneckerBlocks
 from torchnewton.curvature.kfac.spectra import Eigenpairs, KroneckerInverse
 from torchnewton.curvature.kfac.statistics import Sharing, Statistics
+from torchnewton.curvature.shared import Shared
 from torchnewton.record import Tape
 
 Positions = tuple[int, ...]
-Factors = list[Tensor]
-
-# Makes of the factors L and R of this process's samples those of all: L is summed like f, R averaged over the samples.
-Shared = Callable[[Factors, Factors], tuple[Factors, Factors]]
 
 
 class KFAC:
@@ -122,9 +119,9 @@ class KFAC:
         self._params = tape.params
         if self.is_due:
             tape.require_split()
-            fresh = self._statistics.blocks(tape, self._generator)
+            fresh = self._statistics.blocks(tape, self._generator, shared)
             if shared is not None:
-                lefts, rights = shared([block.left for block in fresh], [block.right for block in fresh])
+                lefts, rights = shared.factors([block.left for block in fresh], [block.right for block in fresh])
                 fresh = [Block(b.positions, *pair) for b, *pair in zip(fresh, lefts, rights, strict=True)]
             if all(block.is_finite() for block in fresh):
                 self._average(fresh)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from torchnewton.curvature.groups import output_groups
 from torchnewton.curvature.output_root import output_root
+from torchnewton.curvature.shared import Rows, Shared, rows_of
 from torchnewton.record import NotPerSampleError, Tape, Term
 
 _PROBES = 10  # for a B that has no root by samples
 
 
-def sampled_cotangents(tape: Tape, generator: torch.Generator) -> list[list[Tensor]]:
+def sampled_cotangents(tape: Tape, generator: torch.Generator, shared: Shared | None = None) -> list[list[Tensor]]:
     """For every term u like its outputs, with E[u] = 0 and E[uuᵀ] = B = ∂²f/∂z².
 
     u = Rε for random signs ε and B = RRᵀ. With labels drawn from the model's own distribution in the place of ε, u has
@@ -23,24 +26,25 @@ def sampled_cotangents(tape: Tape, generator: torch.Generator) -> list[list[Tens
     - any other loss: the root of the block of every sample, from an eigendecomposition;
     - where B mixes samples or is indefinite: R = (diag B)^½, negative entries set to 0, from 10 products with B.
 
-    Cost: two products with B for the first two, M and 10 for the others, M the numbers a sample has in the outputs.
+    Several processes (`shared`, with generators in the same state) find the form together, and draw the numbers that
+    one with all samples would draw.
+
+    Cost: two products with B for the first two, M and 10 for the others, M the numbers a sample has in the outputs;
+    over several processes a short message for each term and two for each output.
     """
-    return [_of_term(tape, number, generator) for number in range(len(tape.terms))]
+    shared = shared or Shared()
+    return [_of_term(tape, number, generator, shared) for number in range(len(tape.terms))]
 
 
-def _of_term(tape: Tape, number: int, generator: torch.Generator) -> list[Tensor]:
+def _of_term(tape: Tape, number: int, generator: torch.Generator, shared: Shared) -> list[Tensor]:
     term = tape.terms[number]
-    found = [_of_output(term, i, generator) for i in range(len(term.outputs))]
+    rows = rows_of(term.outputs, shared)
+    found = [_of_output(term, i, generator, rows[i], shared) for i in range(len(term.outputs))]
     cotangents = [u for u in found if u is not None]
-    return cotangents if len(cotangents) == len(found) else _general(tape, number, generator)
+    return cotangents if len(cotangents) == len(found) else _general(tape, number, generator, rows, shared)
 
 
-def _signs(like: Tensor, generator: torch.Generator) -> Tensor:
-    signs = torch.randint(2, like.shape, generator=generator, dtype=torch.int8)
-    return signs.to(like.device, like.dtype).mul_(2).sub_(1)
-
-
-def _of_output(term: Term, i: int, generator: torch.Generator) -> Tensor | None:
+def _of_output(term: Term, i: int, generator: torch.Generator, rows: Rows, shared: Shared) -> Tensor | None:
     """u for one output; None where B has no known form there or couples it with other outputs."""
     z = term.outputs[i].detach()
 
@@ -49,46 +53,51 @@ def _of_output(term: Term, i: int, generator: torch.Generator) -> Tensor | None:
         parts[i] += v
         return term.hessian_product(parts)
 
-    probe = torch.rand(z.shape, generator=generator).to(z)
+    probe = rows.uniform(z, generator)
     curved = product(probe)
-    if any(bool(y.any()) for j, y in enumerate(curved) if j != i):
+    if shared.sums([float(any(bool(y.any()) for j, y in enumerate(curved) if j != i))])[0]:
         return None
     diagonal = product(torch.ones_like(z))[i]
-    if _close(diagonal * probe, curved[i]):
-        return diagonal.clamp(min=0).sqrt() * _signs(z, generator)
+    if _close(diagonal * probe, curved[i], shared):
+        return diagonal.clamp(min=0).sqrt() * rows.signs(z, generator)
     for dim in sorted({min(1, z.dim() - 1), z.dim() - 1}):
         p = z.softmax(dim)
         unit = p * probe - p * (p * probe).sum(dim, keepdim=True)
         size = unit.square().sum(dim, keepdim=True).clamp(min=torch.finfo(z.dtype).tiny)
         alpha = (unit * curved[i]).sum(dim, keepdim=True) / size
-        if _close(alpha * unit, curved[i]):
-            u = p.sqrt() * _signs(z, generator)
+        if _close(alpha * unit, curved[i], shared):
+            u = p.sqrt() * rows.signs(z, generator)
             return alpha.clamp(min=0).sqrt() * (u - p * u.sum(dim, keepdim=True))
     return None
 
 
-def _close(found: Tensor, expected: Tensor) -> bool:
-    return bool((found - expected).norm() <= torch.finfo(found.dtype).eps ** 0.65 * expected.norm())
+def _close(found: Tensor, expected: Tensor, shared: Shared) -> bool:
+    error, size = shared.sums([float(x.norm()) ** 2 for x in (found - expected, expected)])
+    tolerance: float = torch.finfo(found.dtype).eps ** 0.65
+    return math.sqrt(error) <= tolerance * math.sqrt(size)
 
 
-def _general(tape: Tape, number: int, generator: torch.Generator) -> list[Tensor]:
+def _general(tape: Tape, number: int, generator: torch.Generator, rows: list[Rows], shared: Shared) -> list[Tensor]:
     term = tape.terms[number]
-    u = [torch.zeros_like(z, memory_format=torch.contiguous_format) for z in term.outputs]
+    groups = [group for group in output_groups(tape) if group.term == number]
     try:
-        for group in output_groups(tape):
-            if group.term == number:
-                root = output_root(term, group)
-                ones = torch.ones(group.num_samples, root.width, dtype=u[0].dtype, device=u[0].device)
-                group.add(root.spread(_signs(ones, generator)), u)
+        roots = [output_root(term, group) for group in groups]
     except NotPerSampleError:
-        return _diagonal(term, generator)
+        roots = []
+    has_failed = len(roots) < len(groups)
+    if shared.sums([float(has_failed)])[0] or has_failed:
+        return _diagonal(term, generator, rows)
+    u = [torch.zeros_like(z, memory_format=torch.contiguous_format) for z in term.outputs]
+    for group, root in zip(groups, roots, strict=True):
+        like = torch.empty(group.num_samples, root.width, dtype=u[0].dtype, device=u[0].device)
+        group.add(root.spread(rows[group.members[0]].signs(like, generator)), u)
     return u
 
 
-def _diagonal(term: Term, generator: torch.Generator) -> list[Tensor]:
+def _diagonal(term: Term, generator: torch.Generator, rows: list[Rows]) -> list[Tensor]:
     total = [torch.zeros_like(z, memory_format=torch.contiguous_format) for z in term.outputs]
     for _ in range(_PROBES):
-        probe = [_signs(z, generator) for z in term.outputs]
+        probe = [r.signs(z, generator) for r, z in zip(rows, term.outputs, strict=True)]
         for t, v, y in zip(total, probe, term.hessian_product(probe), strict=True):
             t += v * y / _PROBES
-    return [t.clamp(min=0).sqrt() * _signs(t, generator) for t in total]
+    return [t.clamp(min=0).sqrt() * r.signs(t, generator) for r, t in zip(rows, total, strict=True)]

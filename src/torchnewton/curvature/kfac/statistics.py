@@ -15,6 +15,7 @@ from torchnewton.curvature.kfac.blocks import Block, diagonal_of
 from torchnewton.curvature.kfac.sampling import sampled_cotangents
 from torchnewton.curvature.layer_jacobian.factors import explicit_layers
 from torchnewton.curvature.layer_jacobian.layers import Convolution, Layer, Linear
+from torchnewton.curvature.shared import Shared
 from torchnewton.record import Tape
 from torchnewton.record.graph import grad
 from torchnewton.vectors import symmetric_product
@@ -33,8 +34,8 @@ class Statistics:
     max_places: int
     max_size: int
 
-    def blocks(self, tape: Tape, generator: torch.Generator) -> list[Block]:
-        """One sample of every block.
+    def blocks(self, tape: Tape, generator: torch.Generator, shared: Shared | None = None) -> list[Block]:
+        """One sample of every block, of the samples of this process; `shared` as for `sampled_cotangents`.
 
         Cost: a backward pass without the parameters' share, and per layer K² multiplications for each of at most
         `max_places` places, O² for every place.
@@ -47,7 +48,7 @@ class Statistics:
         edges = [layer.call.edge for layer in layers]
         deltas: list[Tensor | None] = [None] * len(layers)
         gradients: list[Tensor | None] = [None] * len(rest)
-        for term, u in zip(tape.terms, sampled_cotangents(tape, generator), strict=True):
+        for term, u in zip(tape.terms, sampled_cotangents(tape, generator, shared), strict=True):
             found = grad(term.edges, [*edges, *(tape.params[p] for p in rest)], u)
             deltas = [_sum(a, b) for a, b in zip(deltas, found[: len(edges)], strict=True)]
             gradients = [_sum(a, b) for a, b in zip(gradients, found[len(edges) :], strict=True)]
