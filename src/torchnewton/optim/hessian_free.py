@@ -10,7 +10,8 @@ import torch.distributed as dist
 from torchnewton.curvature import GaussNewton, Hessian
 from torchnewton.distributed import DataParallel
 from torchnewton.globalization import Armijo, LevenbergMarquardt
-from torchnewton.optim.newton import Curvature, Newton
+from torchnewton.optim.memory import Curvature
+from torchnewton.optim.newton import Newton
 from torchnewton.solvers import CG, AlongNegativeCurvature, BiCGSTAB, MartensProgress, Solver, WarmStart
 
 

@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import asdict, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.optim import Optimizer
 
 from torchnewton import vectors
-from torchnewton.curvature import KFAC, Diagonal, GaussNewton, LinearOperator, Shared
-from torchnewton.distributed import Alone, DataParallel, average_share, record_share, whole_parameters
+from torchnewton.curvature import KFAC, Diagonal, GaussNewton, LinearOperator
+from torchnewton.distributed import DataParallel, average_share, record_share, whole_parameters
 from torchnewton.globalization import Armijo, AutoDamping, Damping, LearnsFromNewData, LineSearch, TrustRegion, Unit
 from torchnewton.optim.acceleration import GeodesicAcceleration
-from torchnewton.optim.complete_state import as_before, completed, mark_initialized
+from torchnewton.optim.complete_state import mark_initialized
 from torchnewton.optim.escape import SaddleEscape
-from torchnewton.optim.glide import Glide, GlideState
-from torchnewton.optim.point import Point, penalty
-from torchnewton.optim.regime import EXACT, PLANE, RegimeChoice, RegimeState
+from torchnewton.optim.flagship import Flagship
+from torchnewton.optim.memory import Curvature, Preconditioner
+from torchnewton.optim.point import Point
+from torchnewton.optim.regime import RegimeChoice, RegimeState
 from torchnewton.optim.report import StepReport
 from torchnewton.record import (
     BufferSnapshot,
@@ -32,37 +30,14 @@ from torchnewton.record import (
     RecordError,
     StreamedTape,
     Tape,
-    plain_gradient,
     same_random_numbers,
     warn_about_rest,
 )
-from torchnewton.solvers import Auto, HeavyBall, Operator, Solver, SolveResult, Status, UsesPreviousStep
+from torchnewton.solvers import Auto, Operator, Solver, SolveResult, Status, UsesPreviousStep
 from torchnewton.vectors import Vector
 
-Curvature = Callable[[Tape], LinearOperator]
 
-
-class Preconditioner(Protocol):
-    """An approximation of (A + λI)⁻¹ with a memory."""
-
-    def update(self, tape: Tape, shared: Shared | None = None, /) -> None:
-        """Learn from the step's tape; once a step. `shared` makes statistics those of all processes: see `Shared`."""
-        ...
-
-    def inverse(self, damping: float, /) -> Operator:
-        """The approximation for this λ."""
-        ...
-
-    def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs."""
-        ...
-
-    def load_state_dict(self, state: dict[str, Any], /) -> None:
-        """Continue from it."""
-        ...
-
-
-class Newton(Optimizer):
+class Newton(Flagship):
     """Newton-type training: (A + λI)d = −g, θ ← θ + αd, nothing to tune.
 
     A is the curvature of f at θ (default: the Gauss-Newton matrix), g its gradient, λ the damping, α a step length.
@@ -169,32 +144,6 @@ class Newton(Optimizer):
         """The approximation of (A + λI)⁻¹ for an iterative solver; a named method may have one of its own."""
         return None if self.preconditioner is None else self.preconditioner.inverse(damping)
 
-    def state_dict(self) -> dict[str, Any]:
-        """See `torch.optim.Optimizer.state_dict`; that of the preconditioner is in it.
-
-        Complete before the first step, too, so that `torch.distributed.checkpoint` finds every place to load into.
-        """
-        first = self._first_memory()
-        if self._running is not None:
-            first["preconditioner"] = self._running.state_dict()
-        chooses = self.choice is not None
-        entries = {"last_step": chooses or self._needs_last_step, "anchor": chooses, "momentum": self.momentum > 0}
-        names = [name for name, is_kept in entries.items() if is_kept]
-        return completed(self, super().state_dict(), first, lambda p, _: {name: torch.zeros_like(p) for name in names})
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """See `torch.optim.Optimizer.load_state_dict`."""
-        state_dict = as_before(state_dict, [*self._first_memory(), "preconditioner"])
-        kept = [state.pop("preconditioner") for state in state_dict["state"].values() if "preconditioner" in state]
-        super().load_state_dict(state_dict)  # which casts tensors to the parameters' dtype
-        if self._running is not None and kept:
-            self._running.load_state_dict(kept[0])
-        self._use_regime()
-
-    @property
-    def _needs_last_step(self) -> bool:
-        return isinstance(self.damping, LearnsFromNewData) or isinstance(self.solver, UsesPreviousStep)
-
     @torch.no_grad()
     def step(self, closure: Closure | None = None, curvature: Closure | None = None) -> Any:
         """Make one step and return the loss before it; see the class."""
@@ -240,68 +189,6 @@ class Newton(Optimizer):
             point.settle()
         returned = point.tape.returned
         return returned.detach() if isinstance(returned, Tensor) else returned
-
-    def _glided(self, closure: Closure, params: list[Tensor], decays: list[float]) -> tuple[Any] | None:
-        """A gliding step from an ordinary backward pass; None where the next step needs a recorded one."""
-        solver, kfac = self._glider(params), self._running
-        if solver is None or self._buffers is None or not isinstance(kfac, KFAC) or kfac.is_due:
-            return None
-        buffers = self._buffers.renewed()
-        try:
-            with self._timed("record"):
-                returned, gradient = plain_gradient(closure, params)
-            self.report.loss = float(returned)
-            value = self.report.loss + penalty(params, decays)
-            gradient = [g if w == 0 else g + w * p for g, p, w in zip(gradient, params, decays, strict=True)]
-            if not self._glide(solver, params, gradient, value):
-                buffers.restore()
-                return None
-        except BaseException:
-            buffers.restore()
-            raise
-        kfac.skip()
-        return (returned.detach() if isinstance(returned, Tensor) else returned,)
-
-    @property
-    def _gliding(self) -> Glide | None:
-        """The rule for cheaper steps between full ones, in the plane."""
-        return None if self.choice is None else self.choice.glide
-
-    def _glider(self, params: list[Tensor]) -> HeavyBall | None:
-        """What makes the next step if it is to glide."""
-        glide = self._gliding
-        if glide is None or self.momentum or self._memory["regime"]["exact"] is not False:
-            return None
-        return glide.solver(GlideState(**self._memory["glide"])) if self._previous_step(params) else None
-
-    def _glide(
-        self, solver: HeavyBall, params: list[Tensor], gradient: Vector, value: float, share: Alone | None = None
-    ) -> bool:
-        """A step without a model of the loss; False, and nothing done, where something is alarming."""
-        memory, report, kfac, glide = self._memory, self.report, self._running, self._gliding
-        state, last = GlideState(**memory["glide"]), self._previous_step(params)
-        assert glide is not None  # as `_glider` has seen to
-        assert kfac is not None
-        assert last is not None
-        if not math.isfinite(value) or glide.is_test_due(state, value):
-            return False
-        with self._timed("solve"):
-            inverse, b = kfac.inverse(report.damping), vectors.scale(gradient, -1.0)
-            M = inverse if share is None else share.preconditioner(inverse) or inverse
-            result = solver.solve(M, b, last, M)
-            if share is not None:
-                result = share.agreed(result, b)
-        report.gradient_norm = vectors.norm(gradient)
-        if not (math.isfinite(report.gradient_norm) and vectors.is_finite(result.solution)):
-            return False
-        slopes = vectors.dot(gradient, result.solution), vectors.dot(gradient, last)
-        self._move(params, result.solution, 1.0)
-        memory["last"] = None
-        memory["step"] += 1
-        memory["glide"] = asdict(glide.glided(state, value, *slopes))
-        report.regime, report.solver, report.status = "plane", result.method, result.status.value
-        report.gradient_equivalents += 1.0
-        return True
 
     def _advance(self, point: Point, curvature: Closure | None) -> str:
         """Solve and search; returns why the step must be rejected, or nothing."""
@@ -352,78 +239,6 @@ class Newton(Optimizer):
                 self.state[p]["momentum"] = m
         return ""
 
-    def _take_back(self, point: Point) -> bool:
-        """After steps that were not tested: where they have not helped, back to where they began."""
-        memory, glide, state = self._memory, self._gliding, GlideState(**self._memory["glide"])
-        if glide is None or not glide.is_test_due(state, point.value):
-            return False
-        back = [self.state[p]["anchor"] - p for p in point.params]
-        with self._timed("search"):
-            before = point.evaluate(back, 1.0)
-        self.report.loss_evaluations += 1
-        failed = glide.has_failed(point.value, before)
-        memory["glide"] = asdict(glide.taken_back(state) if failed else glide.passed(state))
-        if failed:
-            status = f"the last {state.gone} steps, not tested before, had raised the loss: taken back"
-            self._return_to_anchor(point.params, status)
-            self.report.gradient_equivalents += 4 / 3
-        return failed
-
-    def _prepare_glide(self, point: Point, result: SolveResult) -> None:
-        """After a full step over the plane: what the next ones need to glide."""
-        glide = self._gliding
-        if glide is None or self._memory["regime"]["exact"]:
-            return
-        memory, coefficients = self._memory, result.coefficients if self.report.accepted else ()
-        state = glide.after(GlideState(**memory["glide"]), point.value, coefficients, memory["step"])
-        memory["glide"] = asdict(state)
-        if state.left > 0:
-            self._buffers = point.plain_buffers
-            self._set_anchor(point.params)
-
-    def _choose_regime(self, point: Point, same_data: bool) -> bool:
-        """Without arguments: the parts of this step; returns whether the last ones were a trial that has failed."""
-        if self.choice is None:
-            return False
-        memory, choice, failed = self._memory, self.choice, False
-        state = before = RegimeState(**memory["regime"])
-        if before.exact is None:
-            state = choice.first(point.tape, point.share)
-        elif choice.allows_plane(point.tape) and not GlideState(**memory["glide"]).gone:
-            state, failed = choice.next(before, memory["step"], same_data)
-        self.report.regime = "exact" if state.exact else "plane"
-        memory["regime"] = asdict(state)
-        self._use_regime()
-        if state.exact != before.exact:
-            damping, scale = state.other or (self.damping.start(), None)
-            state = replace(state, other=None if before.exact is None else (memory["damping"], memory["scale"]))
-            memory.update(damping=damping, scale=scale, last=None)
-            if state.trial:
-                self._set_anchor(point.params)
-        memory["regime"] = asdict(state)
-        return failed
-
-    def _use_regime(self) -> None:
-        """Take the parts of the regime that is remembered."""
-        exact = self._memory["regime"]["exact"]
-        if self.choice is None or exact is None:
-            return
-        regime = EXACT if exact else PLANE
-        self.curvature, self.solver, self.damping = regime.curvature, regime.solver, regime.damping
-        self.acceleration = regime.acceleration
-        self.preconditioner = self._running if regime.preconditioned else None
-
-    def _set_anchor(self, params: Iterable[Tensor]) -> None:
-        """Where the next steps may be taken back to."""
-        for p in params:
-            self.state[p]["anchor"] = p.detach().clone()
-
-    def _return_to_anchor(self, params: Iterable[Tensor], status: str) -> None:
-        for p in params:
-            p.copy_(self.state[p].pop("anchor"))
-            self.state[p].pop("last_step", None)
-        self.report.status = status
-
     def _find_scale(self, point: Point, A: LinearOperator, gradient: Vector) -> None:
         """The unit of λ: of the curvature at the first step, of the noise as a running average."""
         memory, unit = self._memory, self.damping.unit
@@ -458,12 +273,6 @@ class Newton(Optimizer):
             if self.choice is not None:
                 memory["regime"] = asdict(self.choice.judged(RegimeState(**memory["regime"]), new_ratio))
         return False
-
-    def _previous_step(self, params: Iterable[Tensor]) -> Vector | None:
-        """The last step that was made, where it moved the same parameters."""
-        steps = [self.state[p].get("last_step") for p in params]
-        known = [d for d in steps if d is not None]
-        return known if len(known) == len(steps) else None
 
     def _averaged(self, point: Point) -> tuple[Vector, Vector]:
         """The running average m of gradients, and m / (1 − βᵗ)."""
@@ -608,14 +417,6 @@ class Newton(Optimizer):
             memory["last"] = (memory["damping"], ratio, alpha, predicted, found.value)
         memory["damping"] = rule.update(memory["damping"], report.reduction_ratio, alpha, memory["step"] + 1)
 
-    def _move(self, params: list[Tensor], d: Vector, step_length: float) -> None:
-        """θ ← θ + αd."""
-        self.report.accepted, self.report.step_length = True, step_length
-        vectors.add_(params, d, step_length)
-        if self._needs_last_step:
-            for p, x in zip(params, d, strict=True):
-                self.state[p]["last_step"] = x * step_length
-
     def _undo(self, point: Point, saved: dict[Tensor, dict[str, Any]], running: dict[str, Any] | None) -> None:
         """Buffers and state as before the step; the parameters have not moved."""
         point.undo()
@@ -647,39 +448,6 @@ class Newton(Optimizer):
                 "inside the closure."
             )
         self._memory["checked"] = True
-
-    @property
-    def _memory(self) -> dict[str, Any]:
-        """What the optimizer remembers between steps; kept, as in `torch.optim.LBFGS`, with the first parameter."""
-        state: dict[str, Any] = self.state[self.param_groups[0]["params"][0]]
-        if "damping" not in state:
-            state.update(self._first_memory())
-        return state
-
-    def _first_memory(self) -> dict[str, Any]:
-        """Of an optimizer that has made no step."""
-        scale = 1.0 if self.damping.unit is Unit.ABSOLUTE else None
-        found: dict[str, Any] = {
-            "step": 0,
-            "damping": self.damping.start(),
-            "scale": scale,
-            "last": None,
-            "glide": asdict(GlideState()),
-            "regime": asdict(RegimeState()),
-        }
-        found.update(products=False, checked=False, warned=False)
-        if self.trust_region is not None:
-            params = [p.detach() for group in self.param_groups for p in group["params"]]
-            found["radius"] = self.trust_region.start(vectors.norm(params))
-        return found
-
-    @contextmanager
-    def _timed(self, part: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.report.seconds[part] = self.report.seconds.get(part, 0.0) + time.perf_counter() - start
 
 
 def _fraction_seen(point: Point, curvature: Closure | None) -> float:

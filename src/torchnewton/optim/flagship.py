@@ -1,0 +1,140 @@
+"""Newton without arguments: which regime makes a step, and the steps that glide."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, replace
+from typing import Any
+
+from torch import Tensor
+
+from torchnewton import vectors
+from torchnewton.curvature import KFAC
+from torchnewton.distributed import Alone, DataParallel
+from torchnewton.optim.glide import Glide, GlideState
+from torchnewton.optim.memory import Remembers
+from torchnewton.optim.point import Point, penalty
+from torchnewton.optim.regime import RegimeState
+from torchnewton.record import BufferSnapshot, Closure, plain_gradient
+from torchnewton.solvers import HeavyBall, SolveResult
+from torchnewton.vectors import Vector
+
+
+class Flagship(Remembers):
+    """What `Newton` does where it chooses its parts itself: see `RegimeChoice` and `Glide`."""
+
+    data_parallel: DataParallel | None
+    _buffers: BufferSnapshot | None
+
+    def _glided(self, closure: Closure, params: list[Tensor], decays: list[float]) -> tuple[Any] | None:
+        """A gliding step from an ordinary backward pass; None where the next step needs a recorded one."""
+        solver, kfac = self._glider(params), self._running
+        if solver is None or self._buffers is None or not isinstance(kfac, KFAC) or kfac.is_due:
+            return None
+        buffers = self._buffers.renewed()
+        try:
+            with self._timed("record"):
+                returned, gradient = plain_gradient(closure, params)
+            self.report.loss = float(returned)
+            value = self.report.loss + penalty(params, decays)
+            gradient = [g if w == 0 else g + w * p for g, p, w in zip(gradient, params, decays, strict=True)]
+            if not self._glide(solver, params, gradient, value):
+                buffers.restore()
+                return None
+        except BaseException:
+            buffers.restore()
+            raise
+        kfac.skip()
+        return (returned.detach() if isinstance(returned, Tensor) else returned,)
+
+    @property
+    def _gliding(self) -> Glide | None:
+        """The rule for cheaper steps between full ones, in the plane."""
+        return None if self.choice is None else self.choice.glide
+
+    def _glider(self, params: list[Tensor]) -> HeavyBall | None:
+        """What makes the next step if it is to glide."""
+        glide = self._gliding
+        if glide is None or self.momentum or self._memory["regime"]["exact"] is not False:
+            return None
+        return glide.solver(GlideState(**self._memory["glide"])) if self._previous_step(params) else None
+
+    def _glide(
+        self, solver: HeavyBall, params: list[Tensor], gradient: Vector, value: float, share: Alone | None = None
+    ) -> bool:
+        """A step without a model of the loss; False, and nothing done, where something is alarming."""
+        memory, report, kfac, glide = self._memory, self.report, self._running, self._gliding
+        state, last = GlideState(**memory["glide"]), self._previous_step(params)
+        assert glide is not None  # as `_glider` has seen to
+        assert kfac is not None
+        assert last is not None
+        if not math.isfinite(value) or glide.is_test_due(state, value):
+            return False
+        with self._timed("solve"):
+            inverse, b = kfac.inverse(report.damping), vectors.scale(gradient, -1.0)
+            M = inverse if share is None else share.preconditioner(inverse) or inverse
+            result = solver.solve(M, b, last, M)
+            if share is not None:
+                result = share.agreed(result, b)
+        report.gradient_norm = vectors.norm(gradient)
+        if not (math.isfinite(report.gradient_norm) and vectors.is_finite(result.solution)):
+            return False
+        slopes = vectors.dot(gradient, result.solution), vectors.dot(gradient, last)
+        self._move(params, result.solution, 1.0)
+        memory["last"] = None
+        memory["step"] += 1
+        memory["glide"] = asdict(glide.glided(state, value, *slopes))
+        report.regime, report.solver, report.status = "plane", result.method, result.status.value
+        report.gradient_equivalents += 1.0
+        return True
+
+    def _take_back(self, point: Point) -> bool:
+        """After steps that were not tested: where they have not helped, back to where they began."""
+        memory, glide, state = self._memory, self._gliding, GlideState(**self._memory["glide"])
+        if glide is None or not glide.is_test_due(state, point.value):
+            return False
+        back = [self.state[p]["anchor"] - p for p in point.params]
+        with self._timed("search"):
+            before = point.evaluate(back, 1.0)
+        self.report.loss_evaluations += 1
+        failed = glide.has_failed(point.value, before)
+        memory["glide"] = asdict(glide.taken_back(state) if failed else glide.passed(state))
+        if failed:
+            status = f"the last {state.gone} steps, not tested before, had raised the loss: taken back"
+            self._return_to_anchor(point.params, status)
+            self.report.gradient_equivalents += 4 / 3
+        return failed
+
+    def _prepare_glide(self, point: Point, result: SolveResult) -> None:
+        """After a full step over the plane: what the next ones need to glide."""
+        glide = self._gliding
+        if glide is None or self._memory["regime"]["exact"]:
+            return
+        memory, coefficients = self._memory, result.coefficients if self.report.accepted else ()
+        state = glide.after(GlideState(**memory["glide"]), point.value, coefficients, memory["step"])
+        memory["glide"] = asdict(state)
+        if state.left > 0:
+            self._buffers = point.plain_buffers
+            self._set_anchor(point.params)
+
+    def _choose_regime(self, point: Point, same_data: bool) -> bool:
+        """Without arguments: the parts of this step; returns whether the last ones were a trial that has failed."""
+        if self.choice is None:
+            return False
+        memory, choice, failed = self._memory, self.choice, False
+        state = before = RegimeState(**memory["regime"])
+        if before.exact is None:
+            state = choice.first(point.tape, point.share)
+        elif choice.allows_plane(point.tape) and not GlideState(**memory["glide"]).gone:
+            state, failed = choice.next(before, memory["step"], same_data)
+        self.report.regime = "exact" if state.exact else "plane"
+        memory["regime"] = asdict(state)
+        self._use_regime()
+        if state.exact != before.exact:
+            damping, scale = state.other or (self.damping.start(), None)
+            state = replace(state, other=None if before.exact is None else (memory["damping"], memory["scale"]))
+            memory.update(damping=damping, scale=scale, last=None)
+            if state.trial:
+                self._set_anchor(point.params)
+        memory["regime"] = asdict(state)
+        return failed

@@ -1,0 +1,156 @@
+"""What an optimizer remembers between steps, and its checkpoints."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from torchnewton import vectors
+from torchnewton.curvature import LinearOperator, Shared
+from torchnewton.globalization import Damping, LearnsFromNewData, TrustRegion, Unit
+from torchnewton.optim.acceleration import GeodesicAcceleration
+from torchnewton.optim.complete_state import as_before, completed
+from torchnewton.optim.glide import GlideState
+from torchnewton.optim.regime import EXACT, PLANE, RegimeChoice, RegimeState
+from torchnewton.optim.report import StepReport
+from torchnewton.record import Tape
+from torchnewton.solvers import Operator, Solver, UsesPreviousStep
+from torchnewton.vectors import Vector
+
+Curvature = Callable[[Tape], LinearOperator]
+
+
+class Preconditioner(Protocol):
+    """An approximation of (A + λI)⁻¹ with a memory."""
+
+    def update(self, tape: Tape, shared: Shared | None = None, /) -> None:
+        """Learn from the step's tape; once a step. `shared` makes statistics those of all processes: see `Shared`."""
+        ...
+
+    def inverse(self, damping: float, /) -> Operator:
+        """The approximation for this λ."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any], /) -> None:
+        """Continue from it."""
+        ...
+
+
+class Remembers(Optimizer):
+    """The parts a step is made of, and the memory of `Newton`: numbers with the first parameter, vectors with each."""
+
+    curvature: Curvature
+    solver: Solver
+    damping: Damping
+    acceleration: GeodesicAcceleration | None
+    preconditioner: Preconditioner | None
+    trust_region: TrustRegion | None
+    momentum: float
+    choice: RegimeChoice | None
+    report: StepReport
+    _running: Preconditioner | None
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `torch.optim.Optimizer.state_dict`; that of the preconditioner is in it.
+
+        Complete before the first step, too, so that `torch.distributed.checkpoint` finds every place to load into.
+        """
+        first = self._first_memory()
+        if self._running is not None:
+            first["preconditioner"] = self._running.state_dict()
+        chooses = self.choice is not None
+        entries = {"last_step": chooses or self._needs_last_step, "anchor": chooses, "momentum": self.momentum > 0}
+        names = [name for name, is_kept in entries.items() if is_kept]
+        return completed(self, super().state_dict(), first, lambda p, _: {name: torch.zeros_like(p) for name in names})
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """See `torch.optim.Optimizer.load_state_dict`."""
+        state_dict = as_before(state_dict, [*self._first_memory(), "preconditioner"])
+        kept = [state.pop("preconditioner") for state in state_dict["state"].values() if "preconditioner" in state]
+        super().load_state_dict(state_dict)  # which casts tensors to the parameters' dtype
+        if self._running is not None and kept:
+            self._running.load_state_dict(kept[0])
+        self._use_regime()
+
+    @property
+    def _needs_last_step(self) -> bool:
+        return isinstance(self.damping, LearnsFromNewData) or isinstance(self.solver, UsesPreviousStep)
+
+    def _use_regime(self) -> None:
+        """Take the parts of the regime that is remembered."""
+        exact = self._memory["regime"]["exact"]
+        if self.choice is None or exact is None:
+            return
+        regime = EXACT if exact else PLANE
+        self.curvature, self.solver, self.damping = regime.curvature, regime.solver, regime.damping
+        self.acceleration = regime.acceleration
+        self.preconditioner = self._running if regime.preconditioned else None
+
+    def _previous_step(self, params: Iterable[Tensor]) -> Vector | None:
+        """The last step that was made, where it moved the same parameters."""
+        steps = [self.state[p].get("last_step") for p in params]
+        known = [d for d in steps if d is not None]
+        return known if len(known) == len(steps) else None
+
+    def _move(self, params: list[Tensor], d: Vector, step_length: float) -> None:
+        """θ ← θ + αd."""
+        self.report.accepted, self.report.step_length = True, step_length
+        vectors.add_(params, d, step_length)
+        if self._needs_last_step:
+            for p, x in zip(params, d, strict=True):
+                self.state[p]["last_step"] = x * step_length
+
+    def _set_anchor(self, params: Iterable[Tensor]) -> None:
+        """Where the next steps may be taken back to."""
+        for p in params:
+            self.state[p]["anchor"] = p.detach().clone()
+
+    def _return_to_anchor(self, params: Iterable[Tensor], status: str) -> None:
+        for p in params:
+            p.copy_(self.state[p].pop("anchor"))
+            self.state[p].pop("last_step", None)
+        self.report.status = status
+
+    @property
+    def _memory(self) -> dict[str, Any]:
+        """What the optimizer remembers between steps; kept, as in `torch.optim.LBFGS`, with the first parameter."""
+        state: dict[str, Any] = self.state[self.param_groups[0]["params"][0]]
+        if "damping" not in state:
+            state.update(self._first_memory())
+        return state
+
+    def _first_memory(self) -> dict[str, Any]:
+        """Of an optimizer that has made no step."""
+        scale = 1.0 if self.damping.unit is Unit.ABSOLUTE else None
+        found: dict[str, Any] = {
+            "step": 0,
+            "damping": self.damping.start(),
+            "scale": scale,
+            "last": None,
+            "glide": asdict(GlideState()),
+            "regime": asdict(RegimeState()),
+        }
+        found.update(products=False, checked=False, warned=False)
+        if self.trust_region is not None:
+            params = [p.detach() for group in self.param_groups for p in group["params"]]
+            found["radius"] = self.trust_region.start(vectors.norm(params))
+        return found
+
+    @contextmanager
+    def _timed(self, part: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.report.seconds[part] = self.report.seconds.get(part, 0.0) + time.perf_counter() - start
