@@ -318,7 +318,7 @@ class Newton(Optimizer):
         average, gradient = self._averaged(point)
         with self._timed("search"):
             same_data = self._judge_last_step(point)
-        if self._choose_regime(point, same_data):
+        if self._choose_regime(point, same_data) and self._value_at_anchor(point) < point.value:
             self._return_to_anchor(point.params, "exact steps, on trial, have fitted their batches alone: taken back")
             return ""
         with self._timed("record"):
@@ -351,10 +351,7 @@ class Newton(Optimizer):
         memory, glide, state = self._memory, PLANE.glide, GlideState(**self._memory["glide"])
         if glide is None or not glide.is_test_due(state, point.value):
             return False
-        back = [self.state[p]["anchor"] - p for p in point.params]
-        with self._timed("search"):
-            before = point.evaluate(back, 1.0)
-        self.report.loss_evaluations += 1
+        before = self._value_at_anchor(point)
         failed = glide.has_failed(point.value, before)
         memory["glide"] = asdict(glide.taken_back(state) if failed else glide.passed(state))
         if failed:
@@ -410,6 +407,13 @@ class Newton(Optimizer):
         """Where the next steps may be taken back to."""
         for p in params:
             self.state[p]["anchor"] = p.detach().clone()
+
+    def _value_at_anchor(self, point: Point) -> float:
+        """The objective there, on the data of this step."""
+        back = [self.state[p]["anchor"] - p for p in point.params]
+        self.report.loss_evaluations += 1
+        with self._timed("search"):
+            return point.evaluate(back, 1.0)
 
     def _return_to_anchor(self, params: Iterable[Tensor], status: str) -> None:
         for p in params:

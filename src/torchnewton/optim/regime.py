@@ -82,7 +82,7 @@ class RegimeChoice:
     are near 0. So on changing data, after `first_trial` steps and each time after four times as many, `EXACT` is on
     trial for at most `trial` steps. The running average of the new ratios, the newest with
     weight 1 − `memory`, starts at ½; below `trust_in_trial` the trial ends, and the parameters return to where it
-    began. Who passes stays, until the average falls below `least_trust`.
+    began if the loss of the new data is lower there. Who passes stays, until the average falls below `least_trust`.
 
     Always `EXACT` where no Kronecker factors can be made: on a streamed objective (`tn.over`), which keeps no graph,
     and for DTensors. Over several ranks the costs are those of the slowest and of the exchanges, and the Gram matrix is
