@@ -70,7 +70,7 @@ def test_a_trial_without_noise_is_passed():
     change = regimes.index("exact")
     assert 40 <= change <= 60  # gliding steps are ended first
     assert set(regimes[change:]) == {"exact"}
-    assert reports[-1].loss < 1e-2 * reports[change].loss
+    assert reports[-1].loss < 5e-2 * reports[change].loss
     assert optimizer.state_dict()["state"][0]["regime"]["trial"] == 0
 
 
