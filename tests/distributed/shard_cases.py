@@ -27,10 +27,17 @@ FLAT = tn.LevenbergMarquardt(initial=1.0, minimum=0.1)  # a solve that does not 
 CG = tn.CG(rtol=1e-2, max_iterations=6)
 
 
+class Exact(RegimeChoice):
+    """Where Kronecker factors are not to be had."""
+
+    def allows_plane(self, tape: Any) -> bool:
+        return False
+
+
 def exact(params: Any) -> tn.Newton:
-    """Without arguments, but "exact" for good: in "plane" K-FAC draws random numbers on each rank."""
+    """Without arguments, but "exact" from the start and for good: see `on_kronecker_factors` for "plane"."""
     optimizer = tn.Newton(params)
-    optimizer.choice = RegimeChoice(least_trust=-1.0)
+    optimizer.choice = Exact()
     return optimizer
 
 
@@ -156,7 +163,7 @@ def on_kronecker_factors(rank: int, size: int) -> Any:
         model = make_model()
         optimizer = plane(tn.shard(model)) if cut else plane(model, process_group=dist.group.WORLD)
         solvers = []
-        for step in range(12):
+        for step in range(26):
             optimizer.step(closure_of(model, *part(make_batch(step), rank, size, uneven=True)))
             solvers.append(optimizer.report.solver)
         found.append((whole_of(model), optimizer.report.regime, optimizer.report.loss, solvers))

@@ -17,7 +17,7 @@ import torchnewton as tn
 # torch says so whenever it saves or loads without processes
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized")
 
-PRECISION = {"plane": 1e-8}  # whose λ comes from ratios of small differences
+PRECISION = {"plane": 1e-8, "default": 1e-8}  # whose λ comes from ratios of small differences
 
 
 @pytest.fixture(scope="module")

@@ -8,15 +8,15 @@ import torch.nn.functional as F
 from torch import nn
 
 import torchnewton as tn
-from torchnewton.optim.regime import RegimeChoice
+from torchnewton.optim.regime import RegimeChoice, RegimeState
 
 
-def run(model, batches, make=tn.Newton):
-    optimizer, regimes, losses = make(model.parameters()), [], []
+def run(model, batches):
+    optimizer, reports = tn.Newton(model.parameters()), []
     for x, y in batches:
-        losses.append(float(optimizer.step(lambda x=x, y=y: F.mse_loss(model(x), y))))
-        regimes.append(optimizer.report.regime)
-    return optimizer, regimes, losses
+        optimizer.step(lambda x=x, y=y: F.mse_loss(model(x), y))
+        reports.append(optimizer.report)
+    return optimizer, reports
 
 
 def small():
@@ -24,32 +24,67 @@ def small():
     return nn.Sequential(nn.Linear(3, 16), nn.Tanh(), nn.Linear(16, 1))
 
 
-def test_a_small_deterministic_task_stays_exact():
-    x = torch.randn(64, 3)
-    _, regimes, losses = run(small(), [(x, torch.sin(x.sum(1, keepdim=True)))] * 30)
-    assert set(regimes) == {"exact"}
-    assert losses[-1] < 1e-4 * losses[0]
-
-
-def test_noise_ends_the_exact_regime_for_good():
+def noise(count):
+    """Nothing to learn."""
     torch.manual_seed(1)
-    batches = [(torch.randn(8, 3), torch.randn(8, 1)) for _ in range(40)]  # nothing to learn
-    _, regimes, _ = run(small(), batches)
-    change = regimes.index("plane")
-    assert 2 <= change < 40
-    assert set(regimes[:change]) == {"exact"}
-    assert set(regimes[change:]) == {"plane"}
+    return [(torch.randn(8, 3), torch.randn(8, 1)) for _ in range(count)]
 
 
-def test_where_factorizations_are_dear_it_starts_in_the_plane():
+def noise_free(count):
+    """Every batch says the same, and it can be fitted."""
+    torch.manual_seed(5)
+    teacher = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1)).requires_grad_(False)
+    return [(x, teacher(x)) for x in torch.randn(count, 256, 3)]
+
+
+def test_on_the_same_data_it_is_exact_from_the_second_step():
+    x = torch.randn(64, 3)
+    _, reports = run(small(), [(x, torch.sin(x.sum(1, keepdim=True)))] * 30)
+    assert [r.regime for r in reports] == ["plane"] + 29 * ["exact"]
+    assert reports[-1].loss < 1e-4 * reports[0].loss
+
+
+def test_a_trial_on_noise_is_taken_back():
+    model, batches = small(), noise(61)
+    optimizer, reports = run(model, batches[:39])
+    assert {r.regime for r in reports} <= {"plane", ""}  # nothing where gliding steps were taken back
+    trial, back = [], None
+    for x, y in batches[39:]:
+        before = [p.detach().clone() for p in model.parameters()]
+        optimizer.step(lambda x=x, y=y: F.mse_loss(model(x), y))
+        if optimizer.report.regime == "exact":
+            trial.append(before)
+        elif trial:
+            back = optimizer.report
+            break
+    assert 1 <= len(trial) <= 20
+    assert "taken back" in back.status
+    assert not back.accepted
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), trial[0], strict=True))
+    assert not any(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+
+
+def test_a_trial_without_noise_is_passed():
+    optimizer, reports = run(small(), noise_free(64))
+    regimes = [r.regime for r in reports]
+    change = regimes.index("exact")
+    assert 40 <= change <= 60  # gliding steps are ended first
+    assert set(regimes[change:]) == {"exact"}
+    assert reports[-1].loss < 5e-2 * reports[change].loss
+    assert optimizer.state_dict()["state"][0]["regime"]["trial"] == 0
+
+
+def test_where_factorizations_are_dear_it_stays_in_the_plane():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(100, 300), nn.ReLU(), nn.Linear(300, 300), nn.ReLU(), nn.Linear(300, 40))
     x, y = torch.randn(256, 100), torch.randint(40, (256,))
-    optimizer = tn.Newton(model.parameters())
-    losses = [float(optimizer.step(lambda: F.cross_entropy(model(x), y))) for _ in range(25)]
-    assert optimizer.report.regime == "plane"
-    assert "plane of 2 directions" in optimizer.report.solver
-    assert losses[-1] < 0.1 * losses[0]
+    optimizer, reports = tn.Newton(model.parameters()), []
+    for _ in range(25):
+        optimizer.step(lambda: F.cross_entropy(model(x), y))
+        reports.append(optimizer.report)
+    assert {r.regime for r in reports} == {"plane"}
+    assert reports[5].solver == "plane of 2 directions"
+    assert reports[-1].loss < 0.1 * reports[0].loss
 
 
 @pytest.mark.parametrize("factor", [1e-3, 1e3])
@@ -76,18 +111,36 @@ def test_arguments_leave_no_choice():
 
 def test_trust_is_a_running_average_of_bounded_ratios():
     choice = RegimeChoice(memory=0.5)
-    assert choice.trust(0.4, 0.2) == pytest.approx(0.3)
-    assert choice.trust(0.0, -50.0) == -0.5
-    assert choice.trust(0.0, 9.0) == 0.5
+    assert choice.judged(RegimeState(trust=0.4), 0.2).trust == pytest.approx(0.3)
+    assert choice.judged(RegimeState(trust=0.0), -50.0).trust == -0.5
+    assert choice.judged(RegimeState(trust=0.0), 9.0).trust == 0.5
 
 
-def test_the_regime_survives_a_checkpoint():
-    torch.manual_seed(1)
-    batches = [(torch.randn(8, 3), torch.randn(8, 1)) for _ in range(40)]
+def test_trials_come_ever_more_rarely():
+    choice = RegimeChoice()
+    state = RegimeState(exact=False, cheap=True, next_trial=40)
+    assert choice.next(state, 39, False) == (state, False)
+    trial, failed = choice.next(state, 40, False)
+    assert (trial.exact, trial.trial, trial.next_trial, failed) == (True, 20, 160, False)
+    ended, failed = choice.next(choice.judged(choice.judged(trial, -1.0), -1.0), 42, False)
+    assert (ended.exact, failed) == (False, True)
+    dear = RegimeState(exact=False, cheap=False, next_trial=40)
+    assert choice.next(dear, 40, True) == (dear, False)
+
+
+@pytest.mark.parametrize("before", [6, 45])
+def test_a_checkpoint_continues_bit_for_bit_also_within_a_trial(before):
+    batches = noise_free(before + 4)
     model = small()
-    optimizer, regimes, _ = run(model, batches)
-    assert regimes[-1] == "plane"
-    again = tn.Newton(model.parameters())
+    optimizer, reports = run(model, batches[:before])
+    assert reports[-1].regime == ("plane" if before == 6 else "exact")
+    copy = small()
+    copy.load_state_dict(model.state_dict())
+    again = tn.Newton(copy.parameters())
     again.load_state_dict(optimizer.state_dict())
-    again.step(lambda: F.mse_loss(model(batches[0][0]), batches[0][1]))
-    assert again.report.regime == "plane"
+    for x, y in batches[before:]:
+        optimizer.step(lambda x=x, y=y: F.mse_loss(model(x), y))
+        again.step(lambda x=x, y=y: F.mse_loss(copy(x), y))
+        assert again.report.regime == optimizer.report.regime
+        assert again.report.damping == optimizer.report.damping
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), copy.parameters(), strict=True))

@@ -93,10 +93,7 @@ class Flagship(Remembers):
         memory, glide, state = self._memory, self._gliding, GlideState(**self._memory["glide"])
         if glide is None or not glide.is_test_due(state, point.value):
             return False
-        back = [self.state[p]["anchor"] - p for p in point.params]
-        with self._timed("search"):
-            before = point.evaluate(back, 1.0)
-        self.report.loss_evaluations += 1
+        before = self._value_at_anchor(point)
         failed = glide.has_failed(point.value, before)
         memory["glide"] = asdict(glide.taken_back(state) if failed else glide.passed(state))
         if failed:
@@ -104,6 +101,13 @@ class Flagship(Remembers):
             self._return_to_anchor(point.params, status)
             self.report.gradient_equivalents += 4 / 3
         return failed
+
+    def _value_at_anchor(self, point: Point) -> float:
+        """The objective there, on the data of this step."""
+        back = [self.state[p]["anchor"] - p for p in point.params]
+        self.report.loss_evaluations += 1
+        with self._timed("search"):
+            return point.evaluate(back, 1.0)
 
     def _prepare_glide(self, point: Point, result: SolveResult) -> None:
         """After a full step over the plane: what the next ones need to glide."""

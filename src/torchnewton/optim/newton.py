@@ -211,7 +211,7 @@ class Newton(Flagship):
         average, gradient = self._averaged(point)
         with self._timed("search"):
             same_data = self._judge_last_step(point)
-        if self._choose_regime(point, same_data):
+        if self._choose_regime(point, same_data) and self._value_at_anchor(point) < point.value:
             self._return_to_anchor(point.params, "exact steps, on trial, have fitted their batches alone: taken back")
             return ""
         with self._timed("record"):

@@ -80,7 +80,7 @@ class RegimeChoice:
     are near 0. So on changing data, after `first_trial` steps and each time after four times as many, `EXACT` is on
     trial for at most `trial` steps. The running average of the new ratios, the newest with
     weight 1 − `memory`, starts at ½; below `trust_in_trial` the trial ends, and the parameters return to where it
-    began. Who passes stays, until the average falls below `least_trust`.
+    began if the loss of the new data is lower there. Who passes stays, until the average falls below `least_trust`.
 
     `glide` makes the cheaper steps between full ones in `PLANE`; None for full steps alone.
 
