@@ -73,13 +73,8 @@ def _of_output(term: Term, i: int, generator: torch.Generator, rows: Rows, share
 
 def _close(found: Tensor, expected: Tensor, shared: Shared) -> bool:
     error, size = shared.sums([float(x.norm()) ** 2 for x in (found - expected, expected)])
-<<<<<<< HEAD
-    tolerance: float = torch.finfo(found.dtype).eps ** 0.65
-    return math.sqrt(error) <= tolerance * math.sqrt(size)
-=======
     rounding: float = torch.finfo(found.dtype).eps ** 0.65
     return math.sqrt(error) <= rounding * math.sqrt(size)
->>>>>>> fix
 
 
 def _general(tape: Tape, number: int, generator: torch.Generator, rows: list[Rows], shared: Shared) -> list[Tensor]:
