@@ -122,7 +122,7 @@ def test_a_bad_stretch_is_taken_back_bit_for_bit():
     anchor = [run.optimizer.state[p]["anchor"].clone() for p in run.model.parameters()]
     with torch.no_grad():
         for p in run.model.parameters():
-            p.mul_(-3)
+            p.mul_(-30)
     report = run.step()
     assert "taken back" in report.status
     assert not report.accepted

@@ -65,7 +65,7 @@ def test_a_trial_on_noise_is_taken_back():
 
 
 def test_a_trial_without_noise_is_passed():
-    optimizer, reports = run(small(), noise_free(64))
+    optimizer, reports = run(small(), noise_free(66))
     regimes = [r.regime for r in reports]
     change = regimes.index("exact")
     assert 40 <= change <= 60  # gliding steps are ended first
@@ -121,14 +121,14 @@ def test_trials_come_ever_more_rarely():
     state = RegimeState(exact=False, cheap=True, next_trial=40)
     assert choice.next(state, 39, False) == (state, False)
     trial, failed = choice.next(state, 40, False)
-    assert (trial.exact, trial.trial, trial.next_trial, failed) == (True, 20, 160, False)
+    assert (trial.exact, trial.trial, trial.next_trial, failed) == (True, 20, 320, False)
     ended, failed = choice.next(choice.judged(choice.judged(trial, -1.0), -1.0), 42, False)
     assert (ended.exact, failed) == (False, True)
     dear = RegimeState(exact=False, cheap=False, next_trial=40)
     assert choice.next(dear, 40, True) == (dear, False)
 
 
-@pytest.mark.parametrize("before", [6, 45])
+@pytest.mark.parametrize("before", [6, 54])
 def test_a_checkpoint_continues_bit_for_bit_also_within_a_trial(before):
     batches = noise_free(before + 4)
     model = small()

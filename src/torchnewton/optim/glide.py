@@ -52,7 +52,7 @@ class Glide:
     """
 
     longest: int = 20
-    patience: int = 15
+    patience: int = 10
     memory: int = 5
     most: float = 0.9
     alarm: float = 1.3

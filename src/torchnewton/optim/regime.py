@@ -77,8 +77,8 @@ class RegimeChoice:
 
     Where a step comes with other data, the last one is judged on them: its new ratio is the reduction there over the
     reduction predicted. An exact step fits its batch, noise included, and with noise that is no progress: new ratios
-    are near 0. So on changing data, after `first_trial` steps and each time after four times as many, `EXACT` is on
-    trial for at most `trial` steps. The running average of the new ratios, the newest with
+    are near 0. So on changing data, after `first_trial` steps and each time after `growth` times as many, `EXACT` is
+    on trial for at most `trial` steps. The running average of the new ratios, the newest with
     weight 1 − `memory`, starts at ½; below `trust_in_trial` the trial ends, and the parameters return to where it
     began if the loss of the new data is lower there. Who passes stays, until the average falls below `least_trust`.
 
@@ -93,6 +93,7 @@ class RegimeChoice:
     flops: float = 6e9
     memory: float = 0.8
     first_trial: int = 40
+    growth: int = 8
     trial: int = 20
     trust_in_trial: float = 0.2
     least_trust: float = 0.1
@@ -129,7 +130,8 @@ class RegimeChoice:
                 return replace(state, exact=True, trust=0.5), False
             if not state.cheap or step < state.next_trial:
                 return state, False
-            return replace(state, exact=True, trust=0.5, trial=self.trial, next_trial=4 * state.next_trial), False
+            later = self.growth * state.next_trial
+            return replace(state, exact=True, trust=0.5, trial=self.trial, next_trial=later), False
         failed = state.trial > 0 and state.trust < self.trust_in_trial
         ends = failed or state.trust < self.least_trust
         return replace(state, exact=not ends, trial=0 if ends else max(state.trial - 1, 0)), failed
