@@ -1,4 +1,4 @@
-"""A step in the plane of the K-FAC direction and the previous step, in its parts."""
+"""A step in the plane of the K-FAC direction and the previous step, in its parts, and the mean step of `Newton()`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import torchnewton as tn
 from benchmarks.cases import Images, lenet, perceptron
+from benchmarks.newton_step import measure_newton_steps
 from benchmarks.timing import seconds
 from torchnewton.curvature import KFAC
 from torchnewton.train.loop import loss_function
@@ -25,16 +26,25 @@ Parts = dict[str, float]
 
 
 def measure_plane_steps(images: Images) -> list[dict[str, Any]]:
-    """Mean CPU seconds of a step, of its parts and of a gradient on the same batches."""
-    networks: list[tuple[str, int, Callable[[], nn.Module], Images]] = [
+    """Mean CPU seconds of a step, of its parts and of a gradient on the same batches, and those of `Newton()`.
+
+    Both train the network from the same parameters.
+    """
+    rows = []
+    for name, batch, make, data in networks(images):
+        torch.manual_seed(0)
+        row = {"network": name, "batch": batch, **_measure(make(), data, batch)}
+        torch.manual_seed(0)
+        rows.append({**row, "newton": measure_newton_steps(make(), data, batch)})
+    return rows
+
+
+def networks(images: Images) -> list[tuple[str, int, Callable[[], nn.Module], Images]]:
+    """Name, batch, network and data of each row."""
+    return [
         ("LeNet", 256, lenet, images),
         ("MLP 784-256-256-10", 512, lambda: perceptron(784, 256, 256, 10), images.flat()),
     ]
-    rows = []
-    for name, batch, make, data in networks:
-        torch.manual_seed(0)
-        rows.append({"network": name, "batch": batch, **_measure(make(), data, batch)})
-    return rows
 
 
 def _measure(model: nn.Module, data: Images, batch: int) -> dict[str, Any]:

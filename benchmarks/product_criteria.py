@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks import directions
 from benchmarks.cases import CNN, MLP, TRANSFORMER
-from benchmarks.product_tables import auto_ratio, step_cost
+from benchmarks.product_tables import auto_ratio, newton_cost, step_cost
 from benchmarks.suite.criteria import Verdict
 
 Results = Mapping[str, Any]
@@ -26,7 +26,7 @@ def product_verdicts(results: Results) -> list[Verdict]:
         "products": [_explicit, _kept, _faster],
         "directions": [_directions],
         "choices": [_auto],
-        "plane_steps": [_plane],
+        "plane_steps": [_plane, _newton],
     }
     found = [check(results[part]) for part, parts in checks.items() if part in results for check in parts]
     return found + _preconditioners(results.get("preconditioners") or {})
@@ -81,8 +81,15 @@ def _auto(rows: Sequence[Results]) -> Verdict:
 def _plane(rows: Sequence[Results]) -> Verdict:
     costs = {f"{row['network']}, batch {row['batch']}": step_cost(row) for row in rows}
     each = "; ".join(f"{name}: {cost:.2f}" for name, cost in costs.items())
-    sentence = f"A plane step with K-FAC, in gradients, the check of the loss apart: {each}; asked: 2.5."
+    sentence = f"A full plane step with K-FAC, in gradients, the check of the loss apart: {each}; asked: 2.5."
     return Verdict(max(costs.values()) <= 2.5, sentence)
+
+
+def _newton(rows: Sequence[Results]) -> Verdict:
+    costs = {f"{row['network']}, batch {row['batch']}": newton_cost(row) for row in rows if "newton" in row}
+    each = "; ".join(f"{name}: {cost:.2f}" for name, cost in costs.items())
+    sentence = f"The average step of Newton() in the plane regime, all included, in gradients: {each}; asked: 2.5."
+    return Verdict(bool(costs) and max(costs.values()) <= 2.5, sentence)
 
 
 def _preconditioners(cases: Mapping[str, Mapping[str, Mapping[str, float]]]) -> list[Verdict]:

@@ -130,6 +130,12 @@ def step_cost(row: Results) -> float:
     return sum(t for name, t in seconds.items() if name not in ("gradient", CHECK)) / seconds["gradient"]
 
 
+def newton_cost(row: Results) -> float:
+    """The average step of `Newton()` in gradients, all that it does included."""
+    seconds = row["newton"]["seconds"]
+    return float(seconds["step"] / seconds["gradient"])
+
+
 def plane_steps(rows: Sequence[Results]) -> str:
     parts = [name for name in rows[0]["seconds"] if name not in ("gradient", CHECK)]
     body = []
@@ -137,13 +143,18 @@ def plane_steps(rows: Sequence[Results]) -> str:
         gradient = row["seconds"]["gradient"]
         cells = [_number(row["seconds"][part] / gradient) for part in parts]
         cost, check = step_cost(row), row["seconds"][CHECK] / gradient
-        body.append([row["network"], str(row["batch"]), f"{1e3 * gradient:.3g}", *cells, _number(cost), _number(check)])
-    header = ["network", "batch", "gradient, ms", *parts, "step", CHECK]
+        where = [row["network"], str(row["batch"]), f"{1e3 * gradient:.3g}"]
+        newton = [_number(newton_cost(row)), f"{row['newton']['gliding']:.0%}"] if "newton" in row else [NONE, NONE]
+        body.append([*where, *cells, _number(cost), _number(check), *newton])
+    header = ["network", "batch", "gradient, ms", *parts, "full plane step", CHECK]
+    header += ["average step of Newton()", "of these gliding"]
     text = (
         "Mean of 80 steps, in gradients: K-FAC with statistics every 10 and inverses every 40 steps, the damped model "
         "minimized over the plane of the preconditioned gradient and the previous step, with `DifferenceJacobian`: one "
-        "forward pass a direction. `Newton` also evaluates the loss at the new point, the last column, which is not in "
-        "the step: by the count alone a gradient, two products and a check are 1 + ⅔ + ⅓."
+        "forward pass a direction. `Newton` also evaluates the loss at the new point, the column behind, which is not "
+        "in the step: by the count alone a gradient, two products and a check are 1 + ⅔ + ⅓. The last columns are "
+        "`Newton(params)` over its first 400 steps in the plane regime, all included: most of its steps take the "
+        "coefficients of the last full steps and evaluate no loss beside their gradient's."
     )
     return f"### Plane steps with K-FAC\n\n{text}\n\n{table(header, body)}"
 

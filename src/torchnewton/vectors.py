@@ -104,6 +104,8 @@ def _joined(parts: Sequence[tuple[Tensor, Tensor]], kind: Literal["sum", "max"])
     One message for each mesh, or a single one by `exchanging`. Where several processes have the same part, the first
     one's counts: so all come to the same number bit by bit.
     """
+    if not parts:
+        return []
     from torch.distributed.tensor import DTensor, Partial
 
     exchange, found = _EXCHANGE.get(), dict[Any, list[Tensor]]()

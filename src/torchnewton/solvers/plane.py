@@ -12,7 +12,7 @@ from torch import Tensor
 
 from torchnewton.solvers.iteration import combine, product
 from torchnewton.solvers.result import Operator, SolveResult, Status
-from torchnewton.vectors import Vector, dot, inner_products, is_finite, scale, zeros_like
+from torchnewton.vectors import Vector, dot, inner_products, is_finite, zeros_like
 
 
 @runtime_checkable
@@ -105,30 +105,31 @@ class Plane:
             C, num_products = A.quadratic_form(directions)
         else:
             C, num_products = inner_products(directions, [product(A, d) for d in directions]), len(directions)
-        return self._minimize(scale(b, -1.0), directions, C, num_products)
+        return self._minimize([-dot(b, d) for d in directions], directions, C, num_products)
 
     def minimize(
         self, gradient: Sequence[Tensor], directions: Sequence[Sequence[Tensor]], curvature_matrix: Tensor
     ) -> PlaneResult:
         """With DᵀAD given as `curvature_matrix`."""
-        return self._minimize(gradient, directions, curvature_matrix.detach().to("cpu", torch.float64), 0.0)
+        C = curvature_matrix.detach().to("cpu", torch.float64)
+        return self._minimize([dot(gradient, d) for d in directions], directions, C, 0.0)
 
     def _minimize(
-        self, gradient: Sequence[Tensor], directions: Sequence[Sequence[Tensor]], C: Tensor, num_products: float
+        self, slopes: Sequence[float], directions: Sequence[Sequence[Tensor]], C: Tensor, num_products: float
     ) -> PlaneResult:
         k = len(directions)
         if k == 0 or C.shape != (k, k):
             raise ValueError(f"Plane: {k} directions need a curvature_matrix of {k}×{k}, not {tuple(C.shape)}.")
         C = 0.5 * (C + C.mT)
-        g = torch.tensor([dot(gradient, d) for d in directions], dtype=torch.float64)
+        g = torch.tensor(slopes, dtype=torch.float64)
         gram = inner_products(directions, directions)
         if not is_finite([C, g, gram]):
-            return PlaneResult(zeros_like(gradient), [0.0] * k, 0.0, 0.0, Status.NOT_FINITE, num_products)
-        c, p = minimize_in_span(g, C, gram, torch.finfo(gradient[0].dtype).eps, self.rtol)
+            return PlaneResult(zeros_like(directions[0]), [0.0] * k, 0.0, 0.0, Status.NOT_FINITE, num_products)
+        c, p = minimize_in_span(g, C, gram, torch.finfo(directions[0][0].dtype).eps, self.rtol)
         curvature, x = float(c @ C @ c), combine(directions, c)
         reduction = -float(g @ c) - 0.5 * curvature
         if not (math.isfinite(reduction) and is_finite(x)):
-            return PlaneResult(zeros_like(gradient), [0.0] * k, 0.0, 0.0, Status.NOT_FINITE, num_products)
+            return PlaneResult(zeros_like(directions[0]), [0.0] * k, 0.0, 0.0, Status.NOT_FINITE, num_products)
         negative = None if p is None else combine(directions, p)
         status = Status.CONVERGED if negative is None else Status.NEGATIVE_CURVATURE
         return PlaneResult(x, c.tolist(), reduction, curvature, status, num_products, negative)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -103,6 +103,7 @@ class KFAC:
         self._spectra: dict[Positions, tuple[Eigenpairs, Eigenpairs]] = {}
         self._num_steps = 0
         self._num_statistics = 0
+        self._inverse: KroneckerInverse | None = None  # of these spectra
         self._spectra_at = (0, 0)  # steps and statistics when they were taken
 
     @property
@@ -147,6 +148,7 @@ class KFAC:
         for key in [key for key in self._blocks if set(key) & set(positions)]:
             del self._blocks[key], self._counts[key]
             self._spectra.pop(key, None)
+            self._inverse = None
 
     @property
     def approximation(self) -> KroneckerBlocks:
@@ -166,7 +168,10 @@ class KFAC:
                 for key, block in self._blocks.items()
             }
             self._spectra_at = (self._num_steps, self._num_statistics)
-        return KroneckerInverse(params, list(self._blocks.values()), self._spectra, damping)
+            self._inverse = None
+        if self._inverse is None or self._inverse.damping != damping or not _are_same(self._inverse.domain, params):
+            self._inverse = KroneckerInverse(params, list(self._blocks.values()), self._spectra, damping)
+        return self._inverse
 
     def _known_params(self) -> list[Tensor]:
         if not self._params:
@@ -192,4 +197,9 @@ class KFAC:
         self._generator.set_state(state["generator"])
         self._blocks = {tuple(key): Block(tuple(key), left, right) for key, left, right, _ in state["blocks"]}
         self._counts = {tuple(key): count for key, _, _, count in state["blocks"]}
+        self._inverse = None
         self._spectra = {tuple(key): (Eigenpairs(*left), Eigenpairs(*right)) for key, left, right in state["spectra"]}
+
+
+def _are_same(x: Sequence[Tensor], y: Sequence[Tensor]) -> bool:
+    return len(x) == len(y) and all(a is b for a, b in zip(x, y, strict=True))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,6 +20,9 @@ _OVERSAMPLING = 8
 _POWER_STEPS = 2
 _LEAST = 32  # eigenpairs
 _STEP = 16  # matrix products are faster for multiples
+
+
+Weights: TypeAlias = tuple[Tensor, Tensor | None]  # of what is in a basis, and of the rest
 
 
 @dataclass(frozen=True)
@@ -51,16 +56,21 @@ class Eigenpairs:
         left_out = (diagonal_of(factor).sum(1) - values.sum(1)) / (size - rank)
         return cls(values, basis, left_out.clamp(min=0).unsqueeze(1))
 
-    def filtered(self, V: Tensor, weight: Callable[[Tensor], Tensor]) -> Tensor:
-        """w(this matrix) · V for V g × n × m and a function `weight` of eigenvalues g × k × 1, for every column."""
-        weights = weight(self.values.unsqueeze(2))
-        if self.basis is None:
-            return weights * V
-        span = self.basis.mT @ V
+    def weights(self, weight: Callable[[Tensor], Tensor]) -> Weights:
+        """Those of w(this matrix) for a function `weight` of eigenvalues g × k × 1, for every column or all columns."""
+        of_values = weight(self.values.unsqueeze(2))
         if self.tail is None:
-            return self.basis @ span.mul_(weights)
+            return of_values, None
         rest = weight(self.tail.unsqueeze(2))
-        return (rest * V).baddbmm_(self.basis, span.mul_(weights - rest))
+        return of_values - rest, rest
+
+    def filtered(self, V: Tensor, weights: Weights) -> Tensor:
+        """w(this matrix) · V for V g × n × m."""
+        inner, rest = weights
+        if self.basis is None:
+            return inner * V
+        span = (self.basis.mT @ V).mul_(inner)
+        return self.basis @ span if rest is None else (rest * V).baddbmm_(self.basis, span)
 
 
 def _leading(factor: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -81,6 +91,7 @@ class KroneckerInverse(LinearOperator):
     definite for every λ > 0. Parameters of no block are divided by λ.
 
     Cost of a product: 2OK(k_L + k_R) multiplications for a block with k_L and k_R eigenpairs; another λ costs nothing.
+    Memory: the weights of the eigenpairs, at most OK numbers for a block.
     """
 
     def __init__(
@@ -97,23 +108,25 @@ class KroneckerInverse(LinearOperator):
     def apply(self, v: Sequence[Tensor]) -> Vector:
         """See `LinearOperator.apply`."""
         found: dict[int, Tensor] = {}
-        for block, left, right in self._blocks:
-            found.update(block.apart(self._solved(left, right, block.side_by_side(v)), v))
+        for (block, left, right), weights in zip(self._blocks, self._weights, strict=True):
+            found.update(block.apart(_solved(left, right, *weights, block.side_by_side(v)), v))
         return [found[i] if i in found else x / self.damping for i, x in enumerate(v)]
 
-    def _solved(self, left: Eigenpairs, right: Eigenpairs, V: Tensor) -> Tensor:
+    @cached_property
+    def _weights(self) -> list[tuple[Weights, Weights | None]]:
+        """For each block those of (rL + λI)⁻¹ for the eigenvalues r in the basis of R, and for the others."""
+
         def weight_for(r: Tensor) -> Callable[[Tensor], Tensor]:
             return lambda e: 1 / (e * r.unsqueeze(1) + self.damping)
 
-        of_values = weight_for(right.values)
-        if right.basis is None:
-            return left.filtered(V, of_values)
-        span = V @ right.basis
-        if right.tail is None:
-            return left.filtered(span, of_values) @ right.basis.mT
-        of_tail = weight_for(right.tail)
-        inner = left.filtered(span, lambda e: of_values(e) - of_tail(e))
-        return left.filtered(V, of_tail).baddbmm_(inner, right.basis.mT)
+        def of(left: Eigenpairs, right: Eigenpairs) -> tuple[Weights, Weights | None]:
+            of_values = weight_for(right.values)
+            if right.tail is None:
+                return left.weights(of_values), None
+            of_tail = weight_for(right.tail)
+            return left.weights(lambda e: of_values(e) - of_tail(e)), left.weights(of_tail)
+
+        return [of(left, right) for _, left, right in self._blocks]
 
     def costs(self, num_products: int = 1) -> Costs:
         """Products by eigenpairs."""
@@ -122,3 +135,11 @@ class KroneckerInverse(LinearOperator):
             entries = 2.0 * block.left.shape[:2].numel() * block.right.shape[1]
             product += 2 * entries * sum(s.values.shape[1] for s in (left, right) if s.basis is not None)
         return Costs(product=product, dense=product * self.shape[1])
+
+
+def _solved(left: Eigenpairs, right: Eigenpairs, inner: Weights, outer: Weights | None, V: Tensor) -> Tensor:
+    """Σ (rL + λI)⁻¹ V wwᵀ."""
+    if right.basis is None:
+        return left.filtered(V, inner)
+    span = left.filtered(V @ right.basis, inner)
+    return span @ right.basis.mT if outer is None else left.filtered(V, outer).baddbmm_(span, right.basis.mT)

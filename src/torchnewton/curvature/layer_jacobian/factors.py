@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from torchnewton.curvature.groups import OutputGroup, output_groups
+from torchnewton.curvature.layer_jacobian.apart import rows_stay_apart
 from torchnewton.curvature.layer_jacobian.cotangents import Cotangents, SharedCotangents, stored
 from torchnewton.curvature.layer_jacobian.cut import Cut, Users, find_cut
 from torchnewton.curvature.layer_jacobian.layers import Layer, layer_of
@@ -53,7 +54,8 @@ class Factors:
     by kept double backward.
 
     Cost: a backward pass without the parameters' share (a third of a gradient) for each of the M numbers a sample has
-    in the outputs (for R each column of its root), and one with random cotangents, which shows where samples are mixed.
+    in the outputs (for R each column of its root), and, where the graph's operations do not tell, one with random
+    cotangents, which shows where samples are mixed.
     """
 
     def __init__(
@@ -205,7 +207,9 @@ def _of_group(
     width = group.width if root is None else root.width
     w = torch.randn(group.num_samples, width, generator=generator, dtype=like.dtype, device=like.device)
     places = list(cuts.items())
-    reached = {i: e for i, e in enumerate(pull(w)) if e is not None}
+    first, is_sure = torch.zeros_like(w), width > 0 and rows_stay_apart(outputs)
+    first[:, :1] = 1
+    reached = {i: e for i, e in enumerate(pull(first if is_sure else w)) if e is not None}
     mixing = [places[i][0] for i in reached if places[i][0].num_samples != group.num_samples]
     mine = {i: e for i, e in reached.items() if places[i][0].num_samples == group.num_samples}
     cotangents = {
@@ -214,18 +218,23 @@ def _of_group(
     for column in range(width if mine else 0):
         unit = torch.zeros_like(w)
         unit[:, column] = 1
-        found = pull(unit)
+        found = [mine.get(i) for i in range(len(edges))] if is_sure and not column else pull(unit)
         for i, D in cotangents.items():
             g = found[i]
             D[:, column] = 0 if g is None else g.reshape(len(g), -1)
     factors = []
     for i, D in cotangents.items():
         layer, cut = places[i]
-        difference = torch.bmm(w.to(D.dtype).unsqueeze(1), D).flatten() - mine[i].reshape(-1)
-        if not bool(difference.norm() <= torch.finfo(D.dtype).eps ** 0.5 * mine[i].norm()):
+        if not (is_sure or _agree(w, D, mine[i])):
             mixing.append(layer)
             continue
         if cut.weight is not None:
             D *= cut.weight.view(len(D), 1, -1)
         factors.append(Factor(layer, cut, number, Cotangents(D)))
     return factors, mixing
+
+
+def _agree(w: Tensor, D: Tensor, found: Tensor) -> bool:
+    """Whether the derivative of Σ wz is what the samples' own derivatives D make it."""
+    difference = torch.bmm(w.to(D.dtype).unsqueeze(1), D).flatten() - found.reshape(-1)
+    return bool(difference.norm() <= torch.finfo(D.dtype).eps ** 0.5 * found.norm())
