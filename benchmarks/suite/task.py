@@ -18,8 +18,8 @@ class Entry:
     """A method on a task.
 
     `start` gets the rate as its main constant; a method without `rates` gets a factor on its main constant, 1 but for
-    the sensitivity. `batch` None is all samples. Where an entry does not `go_on`, its runs end with the common time; one
-    with `seconds` of its own, as its authors ran it, has them whatever it reaches.
+    the sensitivity. `batch` None is all samples. Where an entry does not `go_on`, its runs end with the common time;
+    one with `seconds` of its own, as its authors ran it, has them whatever it reaches.
     """
 
     method: str
