@@ -32,8 +32,9 @@ def verdicts(rows: Rows, product_costs: dict[str, float], get: Get, tasks: int) 
         lambda: _wins("by gradient-equivalents, in passes over the data", duels, by_passes, tasks),
         lambda: _newton_cg_cnn(rows["cnn-mnist", "newton-cg"]),
         lambda: _newton_cg_moves(rows["cnn-mnist", "newton-cg"], rows["cnn-mnist", "sgd"], get),
-        lambda: _sgn_sine(rows["sine-10", "sgn"]),
-        lambda: _sgn_mnist(rows["mnist-mlp", "sgn"]),
+        lambda: _sgn_sine(rows["sine-10", "sgn-long"], 1.05e-4),
+        lambda: _sgn_sine(rows["sine-100", "sgn-long"], 0.35),
+        lambda: _sgn_mnist(rows["mnist-mlp", "sgn-long"]),
         lambda: _newton_sine(rows["sine-10", "newton"], _rivals(rows, "sine-10")),
         lambda: _newton_poisson(rows["poisson", "newton"], rows["poisson", "lbfgs"], rows["poisson", "adam"]),
         lambda: _newton_digits(rows["digits", "newton"]),
@@ -108,21 +109,21 @@ def _seeds(row: Row) -> str:
     return f"mean of {len(row.runs)} seeds" if len(row.runs) > 1 else "one seed"
 
 
-def _sgn_sine(row: Row) -> Verdict:
+def _sgn_sine(row: Row, goal: float) -> Verdict:
     best = row.mean_best()
     return Verdict(
-        best <= 1.1e-4,
-        f"SGN with the published constants reaches a test MSE of {best:.3g} on sine-10 ({_seeds(row)}, the "
-        "best on the way); asked: at most 1.1e-4.",
+        best <= goal,
+        f"SGN with the published constants and time reaches a test MSE of {best:.3g} on {row.task.name} "
+        f"({_seeds(row)}, the best on the way); asked: at most {goal:.3g}.",
     )
 
 
 def _sgn_mnist(row: Row) -> Verdict:
     best = row.mean_best()
     return Verdict(
-        best >= 0.94,
+        best >= 0.941,
         f"SGN with the published constants reaches {100 * best:.2f} % on MNIST 784-20-20-20-10 "
-        f"({_seeds(row)}, the best on the way); asked: at least 94.0 %.",
+        f"({_seeds(row)}, the best on the way); asked: at least 94.1 %.",
     )
 
 

@@ -98,15 +98,26 @@ def newton(batch: int | None) -> Entry:
     return Entry("newton", "Newton", with_closure(make), batch)
 
 
-def sgn(batch: int | None, max_iterations: int) -> Entry:
+def sgn(batch: int | None, max_iterations: int, seconds: float | None = None) -> Entry:
+    """`seconds` for as long a run as the published ones."""
+
     def make(model: nn.Module, factor: float) -> torch.optim.Optimizer:
         return tn.SGN(model.parameters(), max_iterations=max_iterations, damping=1e-4 * factor)
 
-    return Entry("sgn", f"SGN, {max_iterations} CG iterations", with_closure(make), batch)
+    method, label = "sgn", f"SGN, {max_iterations} CG iterations"
+    if seconds is not None:
+        method, label = "sgn-long", f"{label}, {seconds:g} s"
+    return Entry(method, label, with_closure(make), batch, seconds=seconds)
 
 
 def newton_cg(
-    name: str = "", *, weight_decay: float = 0.0, damping: float = 1.0, rtol: float = 0.1, share: float = 0.05
+    name: str = "",
+    *,
+    weight_decay: float = 0.0,
+    damping: float = 1.0,
+    rtol: float = 0.1,
+    share: float = 0.05,
+    seconds: float | None = None,
 ) -> Entry:
     """The gradient of all samples, the curvature of 5 % of them; `name` for other constants than the published."""
 
@@ -114,7 +125,7 @@ def newton_cg(
         return tn.NewtonCG(model.parameters(), damping=damping * factor, rtol=rtol, weight_decay=weight_decay)
 
     method = f"newton-cg-{name}" if name else "newton-cg"
-    return Entry(method, f"Newton-CG{name and ', '}{name}", with_part(make, share), None)
+    return Entry(method, f"Newton-CG{name and ', '}{name}", with_part(make, share), None, seconds=seconds)
 
 
 def lbfgs(batch: int | None, max_iterations: int = 20) -> Entry:
@@ -163,11 +174,15 @@ def usual(
     lbfgs_batches: Sequence[int | None] | None = None,
     lbfgs_iterations: int = 20,
     weight_decay: float = 0.0,
+    newton_cg_seconds: float | None = None,
+    sgn_seconds: float | None = None,
     first_order_batch: int | None = None,
     levenberg: Entry | None = None,
     convolutional: bool = False,
 ) -> tuple[Entry, ...]:
     """Every method that fits a task with so many samples; `weight_decay` is that of Newton-CG.
+
+    With `sgn_seconds` SGN has also so long a run with the batch of its authors.
 
     Newton-CG looks at all samples, so it is there up to 10,000; L-BFGS takes mini-batches of 10,000 above.
     """
@@ -176,7 +191,8 @@ def usual(
     return (
         newton(batch("newton")),
         sgn(batch("sgn"), cg_iterations),
-        *([newton_cg(weight_decay=weight_decay)] if samples <= ALL else []),
+        *([sgn(1000, cg_iterations, sgn_seconds)] if sgn_seconds is not None else []),
+        *([newton_cg(weight_decay=weight_decay, seconds=newton_cg_seconds)] if samples <= ALL else []),
         *(lbfgs(size, lbfgs_iterations) for size in batches),
         *first_order(first_order_batch or batch("adam"), sgd_rates, rates),
         rivals.torchzero_newton_cg(batch("newton")),

@@ -42,7 +42,7 @@ def variations(row: Row) -> list[Variation]:
     if row.task.name == CNN and row.entry.method == "sgd":
         found.append(_main(row, SMALL_FACTORS))
     if row.task.name == CNN and row.entry.method == "newton-cg":
-        found += _newton_cg(row.task)
+        found += _newton_cg(row)
     return found
 
 
@@ -54,14 +54,20 @@ def _main(row: Row, factors: tuple[float, ...]) -> Variation:
     return Variation(entry.label, constant, factors, tuple(runs))
 
 
-def _newton_cg(task: Task) -> list[Variation]:
+def _newton_cg(row: Row) -> list[Variation]:
     """λ₀, the tolerance of CG and the size of the subset; as published in the middle."""
+    task, seconds = row.task, row.entry.seconds
     weight_decay = 1 / (0.01 * task.samples)
 
     def moved(constant: str, **published: float) -> Variation:
         ((name, value),) = published.items()
         entries = [
-            newton_cg("" if f == 1 else f"{name}-{f * value:g}", weight_decay=weight_decay, **{name: f * value})
+            newton_cg(
+                "" if f == 1 else f"{name}-{f * value:g}",
+                weight_decay=weight_decay,
+                seconds=seconds,
+                **{name: f * value},
+            )
             for f in SMALL_FACTORS
         ]
         runs = tuple((entry, _key(task, entry, 1.0)) for entry in entries)
@@ -72,4 +78,5 @@ def _newton_cg(task: Task) -> list[Variation]:
 
 def _key(task: Task, entry: Entry, constant: float) -> Key:
     """The same time for all, whatever they reach."""
-    return key_of(task, entry, float(f"{constant:.6g}"), 0, Budget(task.sensitivity, task.sensitivity))
+    seconds = entry.seconds or task.sensitivity
+    return key_of(task, entry, float(f"{constant:.6g}"), 0, Budget(seconds, seconds))

@@ -18,7 +18,8 @@ class Entry:
     """A method on a task.
 
     `start` gets the rate as its main constant; a method without `rates` gets a factor on its main constant, 1 but for
-    the sensitivity. `batch` None is all samples. Where an entry does not `go_on`, its runs end with the common time.
+    the sensitivity. `batch` None is all samples. Where an entry does not `go_on`, its runs end with the common time;
+    one with `seconds` of its own, as its authors ran it, has them whatever it reaches.
     """
 
     method: str
@@ -27,6 +28,7 @@ class Entry:
     batch: int | None
     rates: tuple[float, ...] = ()
     goes_on: bool = True
+    seconds: float | None = None
 
 
 class Budget(NamedTuple):
@@ -67,6 +69,8 @@ class Task:
         return value >= target if self.is_accuracy else value <= target
 
     def budget(self, entry: Entry) -> Budget:
+        if entry.seconds is not None:
+            return Budget(entry.seconds, entry.seconds)
         return Budget(self.seconds, self.limit if entry.goes_on else self.seconds)
 
     def search_budget(self, entry: Entry) -> Budget:
@@ -82,5 +86,8 @@ class Task:
             limit=self.limit / 100,
             search_limit=None if self.search_limit is None else self.search_limit / 100,
             sensitivity=self.sensitivity / 100,
-            entries=tuple(replace(entry, rates=entry.rates[:1]) for entry in self.entries),
+            entries=tuple(
+                replace(entry, rates=entry.rates[:1], seconds=entry.seconds and entry.seconds / 100)
+                for entry in self.entries
+            ),
         )

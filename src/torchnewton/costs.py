@@ -11,6 +11,9 @@ from typing import Protocol, runtime_checkable
 class Costs:
     """Operations of one product and of what comes before the first, of the dense matrix, and of the Gram matrix RRᵀ
     with A = RᵀR + σI and R of `gram_rows` rows, each with all it needs beside the tape.
+
+    What is no arithmetic but takes time counts as the operations that take as long; `dense_overhead` and
+    `gram_overhead` are these parts of `dense` and `gram`.
     """
 
     product: float = 0.0
@@ -18,10 +21,27 @@ class Costs:
     dense: float = math.inf
     gram: float = math.inf
     gram_rows: int = 0
+    dense_overhead: float = 0.0
+    gram_overhead: float = 0.0
 
     def __add__(self, other: Costs) -> Costs:
         """The costs of a sum of two operators, which has no R."""
-        return Costs(self.product + other.product, self.setup + other.setup, self.dense + other.dense)
+        return Costs(
+            self.product + other.product,
+            self.setup + other.setup,
+            self.dense + other.dense,
+            dense_overhead=self.dense_overhead + other.dense_overhead,
+        )
+
+    @property
+    def dense_flops(self) -> float:
+        """The arithmetic of the dense matrix alone."""
+        return self.dense - self.dense_overhead
+
+    @property
+    def gram_flops(self) -> float:
+        """The arithmetic of the Gram matrix alone."""
+        return self.gram - self.gram_overhead
 
 
 @runtime_checkable

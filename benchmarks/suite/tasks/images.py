@@ -47,7 +47,7 @@ IMAGES = (
         limit=12,
         samples=60_000,
         problem=_test_on("mnist", named("sigmoid-mlp:20-20-20"), 10_000),
-        entries=usual("classification", 60_000, cg_iterations=5, sgd_rates=(0.03, 0.1, 0.3, 1.0, 3.0)),
+        entries=usual("classification", 60_000, cg_iterations=5, sgn_seconds=100, sgd_rates=(0.03, 0.1, 0.3, 1.0, 3.0)),
     ),
     Task(
         "fashion-lenet",
@@ -86,6 +86,7 @@ IMAGES = (
             first_order_batch=32,
             lbfgs_iterations=4,
             weight_decay=1 / (C * 2000),
+            newton_cg_seconds=120,  # about 45 steps
             convolutional=True,
         ),
     ),

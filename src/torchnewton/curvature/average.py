@@ -164,4 +164,8 @@ class Average(LinearOperator):
     def costs(self, num_products: int = 1) -> Costs:
         """Those of all closures, which a product or a matrix records once more at about the cost of a product."""
         once = self._costs
-        return Costs(product=2 * once.product + once.setup, dense=once.dense + once.product)
+        return Costs(
+            product=2 * once.product + once.setup,
+            dense=once.dense + once.product,
+            dense_overhead=once.dense_overhead,
+        )

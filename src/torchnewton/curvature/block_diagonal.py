@@ -72,7 +72,7 @@ class Blocks(LinearOperator):
     def costs(self, num_products: int = 1) -> Costs:
         """k products with A; the matrix as for A."""
         costs = self.base.costs(len(self.positions) * num_products)
-        return Costs(len(self.positions) * costs.product, costs.setup, costs.dense)
+        return Costs(len(self.positions) * costs.product, costs.setup, costs.dense, dense_overhead=costs.dense_overhead)
 
     def expect(self, num_products: int) -> None:
         """Expect k times as many products with A."""

@@ -43,31 +43,40 @@ def gauss_newton_costs(tape: Tape, explicit: LayerJacobian | None, num_products:
     groups, size = output_groups(tape), num_entries(tape.params)
     rows = sum(group.num_samples * group.width for group in groups)
     width = max((group.width for group in groups), default=0)
-    replay = (2 + 4 * width) * (forward + calls)
+    setup, passes = (2 + 4 * width) * (forward + calls), 2 + 4 * width
+    gram, gram_reads = float(rows) ** 2 * size, 0.0
     products = Costs(product=4 * (forward + calls))
-    setup, gram = replay, replay + float(rows) ** 2 * size
     if explicit is not None:
         share = explicit.expected_coverage
         reads = READ * sum(explicit.entries_at_cut(layer) * width for layer in explicit.layers)
-        setup = (width + 1) * (forward + calls) + reads
+        factors = (width + 1) * (forward + calls) + reads
         product = 2 * (forward + calls) + reads + (1 - share) * products.product
-        if setup + num_products * product < num_products * products.product:
-            products = Costs(product, setup)
+        if factors + num_products * product < num_products * products.product:
+            products = Costs(product, factors)
         if share == 1:
-            gram = setup + sum(gram_flops(layer, width) for layer in explicit.layers)
-        else:
-            setup = replay
-    dense = setup + (2.0 * rows + PASS) * float(size) ** 2  # in float64
-    return Costs(products.product, products.setup, dense, gram, rows)
+            setup, passes = factors, width + 1
+            parts = [gram_flops(layer, width) for layer in explicit.layers]
+            gram, gram_reads = sum(part[0] for part in parts), sum(part[1] for part in parts)
+    overhead = setup - passes * tape.forward_flops
+    square = float(size) ** 2
+    return Costs(
+        products.product,
+        products.setup,
+        setup + (2.0 * rows + PASS) * square,  # in float64
+        setup + gram + gram_reads,
+        rows,
+        overhead + PASS * square,
+        overhead + gram_reads,
+    )
 
 
-def gram_flops(layer: Layer, width: int) -> float:
-    """Operations of a layer's share of RRᵀ with `width` rows a sample."""
+def gram_flops(layer: Layer, width: int) -> tuple[float, float]:
+    """Operations of a layer's share of RRᵀ with `width` rows a sample, and those that stand for passes over memory."""
     rows = layer.num_samples * width
     reads = PASS * float(rows) ** 2
     if not isinstance(layer, Paired):
-        return float(rows) ** 2 * layer.num_parameters + reads + READ * rows * layer.num_parameters
-    return min(gram_by_pairs(layer, width), gram_by_rows(layer, width)) + reads
+        return float(rows) ** 2 * layer.num_parameters, reads + READ * rows * layer.num_parameters
+    return min(gram_by_pairs(layer, width), gram_by_rows(layer, width)), reads
 
 
 def gram_by_pairs(layer: Paired, width: int) -> float:

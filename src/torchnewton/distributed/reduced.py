@@ -104,11 +104,12 @@ class Reduced(LinearOperator):
         """Those of the slowest rank, and the exchanges."""
         if num_products not in self._costs:
             found = self.local.costs(num_products)
-            rows = self.processes.table([found.product, found.setup, found.dense])
-            product, setup, dense = (max(column) for column in zip(*rows, strict=True))
+            rows = self.processes.table([found.product, found.setup, found.dense, found.dense_overhead])
+            product, setup, dense, overhead = (max(column) for column in zip(*rows, strict=True))
             size = self.shape[1]
+            exchange = LATENCY + EXCHANGE * float(size) ** 2
             self._costs[num_products] = Costs(
-                product + LATENCY + EXCHANGE * size, setup, dense + LATENCY + EXCHANGE * float(size) ** 2
+                product + LATENCY + EXCHANGE * size, setup, dense + exchange, dense_overhead=overhead + exchange
             )
         return self._costs[num_products]
 

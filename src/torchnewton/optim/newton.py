@@ -217,10 +217,10 @@ class Newton(Flagship):
         with self._timed("record"):
             A = self._operator(point, curvature)
             self._find_scale(point, A, gradient)
-        solver = self.solver_at(memory["step"])
+        solver, result = self.solver_at(memory["step"]), None
         for _ in range(1 + self.retries):
             with self._timed("solve"):
-                result = self._solve(point, solver, A, gradient)
+                result = self._solve(point, solver, A, gradient, result)
             if result.status is Status.NOT_FINITE or not vectors.is_finite(result.solution):
                 return Status.NOT_FINITE.value
             if report.gradient_norm == 0 and vectors.norm(result.solution) == 0:
@@ -233,6 +233,7 @@ class Newton(Flagship):
         report.gradient_equivalents += 1 + report.loss_evaluations / 3
         report.gradient_equivalents += _fraction_seen(point, curvature) * report.products * A.gradients_per_product
         memory["step"] += 1
+        assert result is not None  # `retries` is not negative
         self._prepare_glide(point, result)
         if self.momentum:
             for p, m in zip(point.params, average, strict=True):
@@ -309,18 +310,27 @@ class Newton(Flagship):
             A = A + Diagonal([torch.full_like(p, w) for p, w in zip(point.params, point.weight_decay, strict=True)])
         return A
 
-    def _solve(self, point: Point, solver: Solver, A: LinearOperator, gradient: Vector) -> SolveResult:
-        """The direction; a factorization that meets a matrix which rounding has made indefinite raises λ."""
+    def _solve(
+        self, point: Point, solver: Solver, A: LinearOperator, gradient: Vector, refused: SolveResult | None
+    ) -> SolveResult:
+        """The direction; a factorization that meets a matrix which rounding has made indefinite raises λ.
+
+        What has been factorized for a direction of this step that was `refused` serves the next λ, too.
+        """
         report, memory = self.report, self._memory
         alone = point.share.parallel is None
         rhs = point.tape.descent if alone and gradient is point.tape.gradient else vectors.scale(gradient, -1.0)
         start = self._previous_step(point.params) if isinstance(solver, UsesPreviousStep) else None
         if self.preconditioner is not None:
             self.preconditioner.update(point.recorded, point.share.statistics)
+        refused_at = report.damping
         while True:
             damping = report.damping = memory["damping"] * memory["scale"]
-            M = point.share.preconditioner(self.inverse_at(gradient, damping))
-            result = solver.solve(A + damping, rhs, start, M)
+            if refused is not None and refused.shifted is not None:
+                result = refused.shifted(damping - refused_at)
+            else:
+                M = point.share.preconditioner(self.inverse_at(gradient, damping))
+                result = solver.solve(A + damping, rhs, start, M)
             result = point.share.agreed(result, rhs)
             raised = self.damping.raised(memory["damping"])
             if result.status is not Status.NOT_POSITIVE_DEFINITE or raised <= memory["damping"]:

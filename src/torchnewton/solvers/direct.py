@@ -39,7 +39,7 @@ class Direct:
                 f"Direct: {size} parameters give a matrix of {8e-9 * size**2:.1f} GB; use CG(), or raise "
                 f"max_parameters={self.max_parameters}."
             )
-        flops = cholesky_flops(size) + (A.costs(1).dense if isinstance(A, StatesCosts) else 0.0)
+        flops = cholesky_flops(size) + (A.costs(1).dense_flops if isinstance(A, StatesCosts) else 0.0)
         return _solve(_dense(A).to(torch.float64), b, 0.0, flops)
 
 

@@ -101,8 +101,10 @@ class Dual:
         R, shift = found
         if not shift > 0:
             raise ValueError(f"Dual: the damping must be positive, the shift of the operator is {shift}; use Direct().")
-        flops = cholesky_flops(R.num_rows) + (A.costs(1).gram if isinstance(A, StatesCosts) else 0.0)
-        small = float(R.num_rows) ** 2 * sum(x.numel() for x in b) <= _SMALL
+        by_matrix = float(R.num_rows) ** 2 * sum(x.numel() for x in b)
+        small = by_matrix <= _SMALL
+        formed = by_matrix if small or not isinstance(A, StatesCosts) else A.costs(1).gram_flops
+        flops = cholesky_flops(R.num_rows) + formed
         return self._solve(_Gram(_Double(R, b) if small else R, b, self.num_shifts, small), shift, flops)
 
     def _solve(self, gram: _Gram, shift: float, flops: float) -> SolveResult:
