@@ -89,15 +89,16 @@ ENTRIES = {
     "secant, 4 local steps, common batch of 256": secant(4, common=256),
     "secant, symmetric, 4 local steps, common batch of 256": secant(4, form="symmetric", common=256),
 }
+GUARDS: dict[str, dict[str, Any]] = {
+    "guarded": {"radius": 3.0, "cutoff": 1e-2},
+    "default": {},
+    "bare": {"descent": False, "cutoff": 1e-12},
+}
 STABILITY = {
     f"{form}, m = {m}, {guard}": secant(4, m, form=form, **arguments)
     for form in ("multi-secant", "symmetric")
     for m in (4, 8, 16, 32)
-    for guard, arguments in (
-        ("guarded", {"radius": 3.0, "cutoff": 1e-2}),
-        ("default", {}),
-        ("bare", {"descent": False, "cutoff": 1e-12}),
-    )
+    for guard, arguments in GUARDS.items()
 }
 
 
