@@ -172,13 +172,18 @@ def _without_partial(x: Tensor) -> Tensor:
 
 def add(x: Sequence[Tensor], y: Sequence[Tensor], alpha: float = 1.0) -> Vector:
     """x + αy, as new tensors."""
-    return [torch.add(a, b, alpha=alpha) for a, b in zip(x, y, strict=True)]
+    return [torch.add(a, b, alpha=_representable(alpha, a)) for a, b in zip(x, y, strict=True)]
 
 
 def add_(x: Sequence[Tensor], y: Sequence[Tensor], alpha: float = 1.0) -> None:
     """x ← x + αy, in place."""
     for a, b in zip(x, y, strict=True):
-        a.add_(b, alpha=alpha)
+        a.add_(b, alpha=_representable(alpha, a))
+
+
+def _representable(alpha: float, like: Tensor) -> float:
+    """α, or an infinity where it is beyond the numbers of this precision, at which `add` raises an error."""
+    return alpha if abs(alpha) <= torch.finfo(like.dtype).max else alpha * math.inf
 
 
 def scale(x: Sequence[Tensor], alpha: float) -> Vector:

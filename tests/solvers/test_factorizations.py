@@ -91,7 +91,7 @@ def test_an_eigendecomposition_for_many_shifts():
 @pytest.mark.parametrize("known", [False, True])
 @pytest.mark.parametrize("noise", [0.0, 1e-3, 1e-2])
 def test_refinement_mends_a_rounded_gram_matrix(known, noise, monkeypatch):
-    monkeypatch.setattr("torchnewton.solvers.dual._SMALL", 0.0)  # small ones are taken as a matrix in float64
+    monkeypatch.setattr("torchnewton.curvature.factor.SMALL", 0.0)  # small ones are taken as a matrix in float64
     R, y = random(10, 30), random(10, seed=1)
     A, b = Rows(R, 1.0, y if known else None, noise), R.T @ y
     plain = tn.Dual(rtol=1e-10, max_refinements=0).solve(A, [b])

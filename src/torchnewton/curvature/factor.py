@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 
 import torch
@@ -14,9 +14,13 @@ from torchnewton.curvature.groups import output_groups
 from torchnewton.curvature.layer_jacobian import LayerJacobian
 from torchnewton.curvature.layer_jacobian.factors import Factor, Factors
 from torchnewton.curvature.layer_jacobian.layers import Linear, Paired
+from torchnewton.curvature.linear_rows import LinearBlock, LinearRows
 from torchnewton.curvature.output_root import output_root
 from torchnewton.record import NotPerSampleError
-from torchnewton.vectors import Vector, flatten, symmetric_product, unflatten
+from torchnewton.vectors import Vector, flatten, num_entries, symmetric_product, unflatten
+
+SMALL = 1e9  # n²P up to which the Gram matrix of R as a matrix in float64 is cheap
+SMALL_BLOCKS = 2e8  # n²ΣO up to which that of linear layers is
 
 
 class WeightedRows(ABC):
@@ -44,18 +48,45 @@ class WeightedRows(ABC):
     def rows(self) -> Tensor:
         """R itself."""
 
+    def double(self) -> StoredRows | LinearRows | None:
+        """The same in float64, in products and Gram matrix alike, where that is cheap."""
+        like = self.like
+        if float(self.num_rows) ** 2 * num_entries(like) > SMALL:
+            return None
+        return StoredRows(self.rows().double(), [x.double() for x in like], self.preimage)
+
+    @property
+    @abstractmethod
+    def like(self) -> list[Tensor]:
+        """Tensors like the parameters."""
+
     @abstractmethod
     def diagonal(self) -> Vector:
         """The diagonal of RᵀR."""
 
 
 class StoredRows(WeightedRows):
-    """R as a matrix, for vectors like `like`."""
+    """R as a matrix, for vectors like `like`, with what finds a preimage where something does."""
 
-    def __init__(self, matrix: Tensor, like: Sequence[Tensor]) -> None:
+    def __init__(
+        self,
+        matrix: Tensor,
+        like: Sequence[Tensor],
+        preimage: Callable[[Sequence[Tensor]], Tensor | None] | None = None,
+    ) -> None:
         self.matrix = matrix
-        self.like = list(like)
+        self._like = list(like)
         self.num_rows = len(matrix)
+        self._preimage = preimage
+
+    @property
+    def like(self) -> list[Tensor]:
+        """See `WeightedRows.like`."""
+        return self._like
+
+    def preimage(self, b: Sequence[Tensor]) -> Tensor | None:
+        """See `WeightedRows.preimage`."""
+        return None if self._preimage is None else self._preimage(b)
 
     def product(self, v: Sequence[Tensor]) -> Tensor:
         """See `WeightedRows.product`."""
@@ -152,6 +183,32 @@ class LayerRows(WeightedRows):
                     columns = part.flatten(0, 1).mT
                     block += symmetric_product(columns, columns, dtype)
         return total
+
+    @property
+    def like(self) -> list[Tensor]:
+        """See `WeightedRows.like`."""
+        return self.tape.params
+
+    def double(self) -> StoredRows | LinearRows | None:
+        """See `WeightedRows.double`: by layers where all are linear, with one place and parameters of their own."""
+        self._require_all()
+        layers = [factor.layer for factor in self.factors.factors]
+        linear = all(isinstance(layer, Linear) and layer.places == 1 for layer in layers)
+        if not linear or any(len(component) > 1 for component in self._components):
+            return super().double()
+        if float(self.num_rows) ** 2 * sum(layer.output_shape[-1] for layer in layers) > SMALL_BLOCKS:
+            return None
+        blocks = [self._block(factor) for factor in self.factors.factors]
+        return LinearRows(blocks, self.num_rows, self.tape.params, self.preimage)
+
+    def _block(self, factor: Factor) -> LinearBlock:
+        layer, D = factor.layer, self._cotangents(factor).double()
+        a = layer.input.double().flatten(1)
+        n, columns = len(a), [a] if layer.weight_position is not None else []
+        if layer.bias_position is not None:
+            columns.append(a.new_ones(n, 1))
+        start, inputs = sum(self.sizes[: factor.group]), torch.cat(columns, dim=1)
+        return LinearBlock(start, inputs, D.flatten(2), layer.weight_position, layer.bias_position)
 
     def rows(self) -> Tensor:
         """See `WeightedRows.rows`."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from torchnewton.costs import StatesCosts, cholesky_flops
 from torchnewton.solvers.result import Operator, SolveResult, Status
-from torchnewton.vectors import Vector, add, flatten, norm, symmetric_product, unflatten, zeros_like
+from torchnewton.vectors import Vector, add, norm, zeros_like
 
 _EIGENDECOMPOSITION = 27  # Cholesky factorizations that take as long as one eigendecomposition, by operations
 _Inverse: TypeAlias = Callable[[Tensor], Tensor]  # w ↦ (RRᵀ + σI)⁻¹w
@@ -21,7 +21,6 @@ _Inverse: TypeAlias = Callable[[Tensor], Tensor]  # w ↦ (RRᵀ + σI)⁻¹w
 _REFINEMENTS = 3  # each gains the digits by which a single-precision factorization beats the condition number
 _REFINED = 1e-8  # the residual at which refinement stops
 _GAIN = 1e-2  # what one solve in single precision must leave of a residual: then that much is left after all steps
-_SMALL = 1e9  # n²P up to which the Gram matrix is computed in float64 at once
 
 
 class Rows(Protocol):
@@ -44,8 +43,8 @@ class Rows(Protocol):
         """RRᵀ."""
         ...
 
-    def rows(self) -> Tensor:
-        """R as a matrix."""
+    def double(self) -> Rows | None:
+        """R in float64, in products and Gram matrix alike, where that is cheap."""
         ...
 
     def preimage(self, b: Sequence[Tensor], /) -> Tensor | None:
@@ -70,7 +69,7 @@ class Dual:
         x = (b − Rᵀ(RRᵀ + σI)⁻¹Rb) / σ   otherwise
 
     The Gram matrix RRᵀ is formed and factorized in the precision of b, in float64 where σ < 1e-6·‖RRᵀ‖, and solves with
-    it are refined in float64 until they leave 1e-8; where R is small, all is in float64 with R as a matrix. What
+    it are refined in float64 until they leave 1e-8; where R has it cheaply, all is in float64. What
     rounding is left in RRᵀ is mended by at most `max_refinements` steps x ← x + A⁻¹(b − Ax) until ‖b − Ax‖ is at most
     `rtol`·‖b‖. With a known y, that norm comes from the Gram matrix, as exact as Rᵀy = b is, and the result tells xᵀAx
     in the place of the residual itself.
@@ -101,11 +100,9 @@ class Dual:
         R, shift = found
         if not shift > 0:
             raise ValueError(f"Dual: the damping must be positive, the shift of the operator is {shift}; use Direct().")
-        by_matrix = float(R.num_rows) ** 2 * sum(x.numel() for x in b)
-        small = by_matrix <= _SMALL
-        formed = by_matrix if small or not isinstance(A, StatesCosts) else A.costs(1).gram_flops
-        flops = cholesky_flops(R.num_rows) + formed
-        return self._solve(_Gram(_Double(R, b) if small else R, b, self.num_shifts, small), shift, flops)
+        double = R.double()
+        flops = cholesky_flops(R.num_rows) + (A.costs(1).gram_flops if isinstance(A, StatesCosts) else 0.0)
+        return self._solve(_Gram(double or R, b, self.num_shifts, double is not None), shift, flops)
 
     def _solve(self, gram: _Gram, shift: float, flops: float) -> SolveResult:
         b = gram.b
@@ -193,36 +190,6 @@ def _approximate(gram: _Gram, shift: float, inverse: _Inverse, rhs: Vector) -> V
 
 def _like(x: Vector, b: Vector) -> Vector:
     return [y.to(c.dtype) for y, c in zip(x, b, strict=True)]
-
-
-class _Double:
-    """R as a matrix in float64, for few numbers: b − Rᵀw cancels by as many digits as σ is small."""
-
-    def __init__(self, R: Rows, like: Sequence[Tensor]) -> None:
-        self.R = R
-        self.num_rows = R.num_rows
-        self.like = [x.double() for x in like]
-        self.matrix = R.rows().double()
-
-    def product(self, v: Sequence[Tensor]) -> Tensor:
-        """Rv."""
-        return self.matrix @ flatten(v).double()
-
-    def adjoint(self, w: Tensor) -> Vector:
-        """Rᵀw."""
-        return unflatten(self.matrix.mT @ w.double(), self.like)
-
-    def rows(self) -> Tensor:
-        """R."""
-        return self.matrix
-
-    def gram(self, dtype: torch.dtype) -> Tensor:
-        """RRᵀ."""
-        return symmetric_product(self.matrix.mT, self.matrix.mT, torch.float64).to(dtype)
-
-    def preimage(self, b: Sequence[Tensor]) -> Tensor | None:
-        """As R knows it."""
-        return self.R.preimage(b)
 
 
 class _Gram:
