@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ def study(data: Dataset, rows: Rows) -> dict[str, dict[int, dict[float, list[Row
                 lr: [
                     rows.get(
                         {"task": data.name, "method": method, "delay": delay, "lr": lr, "seed": seed},
-                        lambda m=method, d=delay, lr=lr, s=seed: run(data, m, d, lr, s, epochs),  # type: ignore[misc]
+                        partial(run, data, method, delay, lr, seed, epochs),
                     )
                     for seed in range(seeds)
                 ]

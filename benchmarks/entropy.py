@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import matplotlib as mpl
@@ -75,7 +76,7 @@ def run(data: Dataset, method: str, loss: float, seed: int) -> Row:
 
 def runs_of(rows: Rows, data: Dataset, method: str, loss: float) -> list[Row]:
     return [
-        rows.get({"method": method, "loss": loss, "seed": seed}, lambda s=seed: run(data, method, loss, s))  # type: ignore[misc]
+        rows.get({"method": method, "loss": loss, "seed": seed}, partial(run, data, method, loss, seed))
         for seed in range(SEEDS)
     ]
 

@@ -10,29 +10,33 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import torchnewton as tn
 from benchmarks.study import Row, Rows, write_section
+from benchmarks.suite.measure import Point
 from benchmarks.suite.methods import closure_of
-from benchmarks.suite.store import Point, Run
+from benchmarks.suite.store import Key, Run
 from benchmarks.suite.tables import table, value_text
 from benchmarks.suite.task import Task
 from benchmarks.suite.tasks import TASKS
+from torchnewton.globalization import Damping
 from torchnewton.optim.glide import Glide
 from torchnewton.optim.regime import EXACT, PLANE, RegimeChoice
+from torchnewton.solvers import Operator, SolveResult
 
 NAMES = ("sine-10", "kin8nm", "california", "letter", "satimage")
 SEEDS, WORK = 3, 400.0  # gradients of the method's own batch, dense linear algebra of exact steps apart
 Make = Callable[[nn.Module], tn.Newton]
 
 
-def plane(damping: tn.LevenbergMarquardt, solver: tn.Plane | None = None) -> Make:
+def plane(damping: Damping, solver: tn.Plane | None = None) -> Make:
     def make(model: nn.Module) -> tn.Newton:
         return tn.Newton(
             model.parameters(),
@@ -45,8 +49,8 @@ def plane(damping: tn.LevenbergMarquardt, solver: tn.Plane | None = None) -> Mak
     return make
 
 
-def gliding(**how: float) -> Make:
-    return chosen(RegimeChoice(glide=Glide(**how)))  # type: ignore[arg-type]
+def gliding(glide: Glide) -> Make:
+    return chosen(RegimeChoice(glide=glide))
 
 
 def chosen(choice: RegimeChoice) -> Make:
@@ -65,7 +69,13 @@ class OneDirection(tn.Plane):
     def uses_previous_step(self) -> bool:
         return False
 
-    def solve(self, A, b, x0=None, preconditioner=None):  # type: ignore[no-untyped-def]
+    def solve(
+        self,
+        A: Operator,
+        b: Sequence[Tensor],
+        x0: Sequence[Tensor] | None = None,
+        preconditioner: Operator | None = None,
+    ) -> SolveResult:
         return super().solve(A, b, None, preconditioner)
 
 
@@ -78,18 +88,18 @@ VARIANTS: dict[str, Make] = {
         RegimeChoice(first_trial=1, trust_in_trial=-2.0, least_trust=-2.0, flops=1e12)
     ),
     "never gliding": chosen(RegimeChoice(glide=None)),
-    "gliding at the fitted length": gliding(least=1.0),
-    "gliding at lengths that only shrink": gliding(growth=1.0),
-    "gliding at the length the slopes call best": gliding(balance=0.0, least=0.01),
-    "gliding, never taken back": gliding(tolerance=1e9),
-    "gliding from the sixth step on, twenty at once": gliding(patience=1),
+    "gliding at the fitted length": gliding(Glide(least=1.0)),
+    "gliding at lengths that only shrink": gliding(Glide(growth=1.0)),
+    "gliding at the length the slopes call best": gliding(Glide(balance=0.0, least=0.01)),
+    "gliding, never taken back": gliding(Glide(tolerance=1e9)),
+    "gliding from the sixth step on, twenty at once": gliding(Glide(patience=1)),
     "always the plane, never gliding": plane(NOISE),
     "plane without the last step": plane(NOISE, OneDirection()),
     "plane, least λ 1e-4 units of noise": plane(replace(NOISE, minimum=1e-4)),
     "plane, least λ 1e-2 units of noise": plane(replace(NOISE, minimum=1e-2)),
     "plane, λ from 0.1, at least 1e-3, absolute": plane(tn.LevenbergMarquardt(initial=0.1, minimum=1e-3)),
     "plane, λ from 1, at least 1e-3 first curvatures": plane(replace(NOISE, unit=tn.Unit.CURVATURE)),
-    "plane, the rule of the exact regime": plane(EXACT.damping),  # type: ignore[arg-type]
+    "plane, the rule of the exact regime": plane(EXACT.damping),
 }
 
 
@@ -98,7 +108,8 @@ def measure(task: Task, make: Make, seed: int, data_dir: Path) -> Row:
     batch = next(entry.batch for entry in task.entries if entry.method == "newton")
     training = task.problem(data_dir).training(seed)
     optimizer, batches = make(training.model), training.batches(batch)
-    points, work, due = [], 0.0, 0.0
+    points: list[Point] = []
+    work, due = 0.0, 0.0
     while work < WORK:
         try:
             optimizer.step(closure_of(optimizer, training, next(batches)))
@@ -111,7 +122,7 @@ def measure(task: Task, make: Make, seed: int, data_dir: Path) -> Row:
             due = work * 1.02
             if task.reaches(points[-1].value, task.targets[-1]):
                 break
-    run = Run(None, "", points, {})  # type: ignore[arg-type]
+    run = Run(Key(task.name, "newton", None, batch, seed, 0.0, 0.0), "", points, {})
     first = run.first(task, task.targets[-1])
     return {"work": first.gradients if first else None, "best": run.best(task)}
 
@@ -140,7 +151,7 @@ def main() -> None:
             runs = [
                 rows.get(
                     {"task": name, "variant": variant, "seed": seed},
-                    lambda t=task, m=make, s=seed: measure(t, m, s, args.data_dir),  # type: ignore[misc]
+                    partial(measure, task, make, seed, args.data_dir),
                 )
                 for seed in range(SEEDS)
             ]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import torchnewton as tn
 from benchmarks.cases import Images, lenet, perceptron
 from benchmarks.newton_step import measure_newton_steps
+from benchmarks.plane_count import count
 from benchmarks.timing import seconds
 from torchnewton.curvature import KFAC
 from torchnewton.train.loop import loss_function
@@ -66,7 +67,8 @@ def _measure(model: nn.Module, data: Images, batch: int) -> dict[str, Any]:
         step, value = plane_step(loss, params, kfac, step, parts)
         losses.append(value)
     means = {name: total / STEPS for name, total in parts.items()}
-    return {"seconds": means, "losses": [losses[0], sum(losses[-10:]) / 10]}
+    counted = count(tn.record(loss, params, create_graph=False), kfac, DAMPING)
+    return {"seconds": means, "losses": [losses[0], sum(losses[-10:]) / 10], "count": counted}
 
 
 def plane_step(

@@ -122,12 +122,20 @@ def auto_ratio(row: Results) -> float:
 
 
 CHECK = "check of the loss"
+PLANE_LIMIT = 2.5  # gradients, asked for a full plane step
 
 
 def step_cost(row: Results) -> float:
     """A plane step in gradients, without the check of the loss."""
     seconds = row["seconds"]
     return sum(t for name, t in seconds.items() if name not in ("gradient", CHECK)) / seconds["gradient"]
+
+
+def step_count(row: Results) -> float | None:
+    """What a plane step must cost in gradients: its operations, and its vectors at the speed of an inner product."""
+    if "count" not in row:
+        return None
+    return float(row["count"]["operations"] + row["count"]["seconds"] / row["seconds"]["gradient"])
 
 
 def newton_cost(row: Results) -> float:
@@ -145,18 +153,34 @@ def plane_steps(rows: Sequence[Results]) -> str:
         cost, check = step_cost(row), row["seconds"][CHECK] / gradient
         where = [row["network"], str(row["batch"]), f"{1e3 * gradient:.3g}"]
         newton = [_number(newton_cost(row)), f"{row['newton']['gliding']:.0%}"] if "newton" in row else [NONE, NONE]
-        body.append([*where, *cells, _number(cost), _number(check), *newton])
-    header = ["network", "batch", "gradient, ms", *parts, "full plane step", CHECK]
+        operations = row["count"]["operations"] if "count" in row else None
+        counts = [_number(operations), _number(step_count(row))]
+        body.append([*where, *cells, _number(cost), *counts, _number(check), *newton])
+    header = ["network", "batch", "gradient, ms", *parts, "full plane step", "count: operations", "count: with vectors"]
+    header.append(CHECK)
     header += ["average step of Newton()", "of these gliding"]
     text = (
         "Mean of 80 steps, in gradients: K-FAC with statistics every 10 and inverses every 40 steps, the damped model "
         "minimized over the plane of the preconditioned gradient and the previous step, with `DifferenceJacobian`: one "
         "forward pass a direction. `Newton` also evaluates the loss at the new point, the column behind, which is not "
-        "in the step: by the count alone a gradient, two products and a check are 1 + ⅔ + ⅓. The last columns are "
+        "in the step. The counts are from the shapes of the layers: a gradient, two forward passes, the product with "
+        "the Kronecker inverses, statistics and inverses by their shares, and then the vectors like the parameters "
+        "that a step reads and writes, each in the time of reading it for an inner product. A forward pass is more "
+        "than a third of a gradient, which takes no derivative in the first layer's input. What is beyond the counts "
+        f"are calls, and products of small matrices. {_above(rows)}The last columns are "
         "`Newton(params)` over its first 400 steps in the plane regime, all included: most of its steps take the "
         "coefficients of the last full steps and evaluate no loss beside their gradient's."
     )
     return f"### Plane steps with K-FAC\n\n{text}\n\n{table(header, body)}"
+
+
+def _above(rows: Sequence[Results]) -> str:
+    """One sentence on the networks whose count alone is above what is asked; nothing without any."""
+    counts = {f"{row['network']}, batch {row['batch']}": step_count(row) for row in rows}
+    above = [f"{name}: {found:.2f}" for name, found in counts.items() if found is not None and found > PLANE_LIMIT]
+    if not above:
+        return ""
+    return f"Already by the count a step is above the {PLANE_LIMIT} gradients that are asked for: {'; '.join(above)}. "
 
 
 def preconditioners(cases: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:

@@ -12,7 +12,9 @@ import math
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import torch
@@ -22,6 +24,8 @@ from torch import nn
 import torchnewton as tn
 from benchmarks.study import Row, Rows, batches, closure_over, measured, network, save, write_section
 from benchmarks.suite.tables import table
+from torchnewton.optim.secant import Form
+from torchnewton.record import Closure
 from torchnewton.train.data import Dataset, load
 from torchnewton.train.figures import STYLE
 
@@ -36,7 +40,7 @@ class Averaging(tn.WorkerSecant):
     """Local SGD: the same local steps, then the mean of the parameters; no gradient at their end."""
 
     @torch.no_grad()
-    def step(self, closure=None):  # type: ignore[no-untyped-def]
+    def step(self, closure: Closure | None = None) -> Any:
         params = [p for group in self.param_groups for p in group["params"]]
         start = [p.clone() for p in params]
         total = [torch.zeros_like(p) for p in params]
@@ -61,7 +65,7 @@ class Entry:
     common: int = 0  # the size of a batch on which all workers of a round take their last gradient; 0: their own
 
 
-def secant(local_steps: int, num_workers: int = M, common: int = 0, **arguments) -> Entry:  # type: ignore[no-untyped-def]
+def secant(local_steps: int, num_workers: int = M, common: int = 0, **arguments: Any) -> Entry:
     def make(model: nn.Module, lr: float) -> torch.optim.Optimizer:
         return tn.WorkerSecant(model.parameters(), lr=lr, local_steps=local_steps, num_workers=num_workers, **arguments)
 
@@ -85,15 +89,16 @@ ENTRIES = {
     "secant, 4 local steps, common batch of 256": secant(4, common=256),
     "secant, symmetric, 4 local steps, common batch of 256": secant(4, form="symmetric", common=256),
 }
+GUARDS: dict[str, dict[str, Any]] = {
+    "guarded": {"radius": 3.0, "cutoff": 1e-2},
+    "default": {},
+    "bare": {"descent": False, "cutoff": 1e-12},
+}
 STABILITY = {
     f"{form}, m = {m}, {guard}": secant(4, m, form=form, **arguments)
     for form in ("multi-secant", "symmetric")
     for m in (4, 8, 16, 32)
-    for guard, arguments in (
-        ("guarded", {"radius": 3.0, "cutoff": 1e-2}),
-        ("default", {}),
-        ("bare", {"descent": False, "cutoff": 1e-12}),
-    )
+    for guard, arguments in GUARDS.items()
 }
 
 
@@ -187,7 +192,7 @@ def stability(rows: Rows, data: Dataset) -> str:
             # a budget in passes that is met after 30 rounds of the m workers
             m = int(name.split("m = ")[1].split(",")[0])
             passes = 30 * m * 5 * BATCH / len(data.x_train) - 1e-6
-            runs.append(rows.get(key, lambda e=entry, s=seed, p=passes: run(data, e, 0.1, s, 0.0, p)))  # type: ignore[misc]
+            runs.append(rows.get(key, partial(run, data, entry, 0.1, seed, 0.0, passes)))
         last = [row["points"][-1][2] for row in runs]
         worst = [max(p[2] for p in row["points"][10:]) for row in runs]
         lines.append([name, *(f"{x:.3g}" for x in (*last, *worst))])
@@ -206,8 +211,8 @@ def least_squares(rows: Rows) -> str:
         w = nn.Parameter(torch.zeros(20, dtype=torch.float64))
         torch.manual_seed(0)
         make = Averaging if kind == "averaging" else tn.WorkerSecant
-        form = "symmetric" if kind == "symmetric" else "multi-secant"
-        optimizer = make([w], lr=0.1, local_steps=4, num_workers=32, form=form)  # type: ignore[arg-type]
+        form: Form = "symmetric" if kind == "symmetric" else "multi-secant"
+        optimizer = make([w], lr=0.1, local_steps=4, num_workers=32, form=form)
         calls = 0
 
         def closure() -> torch.Tensor:
@@ -229,7 +234,7 @@ def least_squares(rows: Rows) -> str:
         found = [
             rows.get(
                 {"study": "least squares", "method": kind, "last": last},
-                lambda k=kind, b=last: measure(b, k),  # type: ignore[misc]
+                partial(measure, last, kind),
             )["excess"]
             for last in (10, 100, 1000, 4000)
         ]

@@ -272,9 +272,11 @@ def plan_command(
     data_dir: DataDir = Settings.data_dir,
     batch_size: Annotated[int, typer.Option(help="Samples a step, of all ranks.", min=1)] = Request.batch_size,
     ranks: Annotated[str, typer.Option(help="Numbers of ranks.")] = Request.ranks,
-    bandwidth: Annotated[float, typer.Option(help="Of a rank's link, Gbit/s.")] = Request.bandwidth,
-    latency: Annotated[float, typer.Option(help="Of a message between two ranks, µs.")] = Request.latency,
-    flops: Annotated[str, typer.Option(help="Of a rank, GFLOP/s, or auto: gradients are timed here.")] = Request.flops,
+    bandwidth: Annotated[float, typer.Option(help="Of a rank's link, in Gbit/s.")] = Request.bandwidth,
+    latency: Annotated[float, typer.Option(help="Of a message between two ranks, in µs.")] = Request.latency,
+    flops: Annotated[
+        str, typer.Option(help="Of a rank, in GFLOP/s, or auto: gradients are timed here.")
+    ] = Request.flops,
     iterations: Annotated[int, typer.Option(help="Of CG in a step.", min=1)] = Request.iterations,
     slow: Annotated[float, typer.Option(help="One rank's products take so many times as long.", min=1)] = Request.slow,
     threads: Threads = Settings.threads,

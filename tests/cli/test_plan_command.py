@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from torchnewton.cli import run
+from torchnewton.train.display import duration
 from torchnewton.train.exchanges import Message, Network, Step
 from torchnewton.train.plan import planner
 from torchnewton.train.plan_report import Request, fastest, predict
@@ -38,11 +39,42 @@ def test_models_of_train_are_planned_with_their_task(capsys):
         (["--ranks", "1.5"], "--ranks 1.5: give whole numbers"),
         (["--flops", "fast"], "--flops fast: give a positive number, or auto"),
         (["--bandwidth", "0"], "--bandwidth must be positive"),
+        (["--latency", "-1"], "--latency must not be negative"),
+        (["--bandwidth", "1e9"], "--bandwidth 1e+09: it is in Gbit/s, at most 10,000"),
+        (["--latency", "1e-4"], "--latency 0.0001: it is in µs, at least 0.01, or 0"),
     ],
 )
 def test_misuse_is_named(options, message, capsys):
     assert run(["plan", *options]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "title"),
+    [
+        (["--bandwidth", "10000", "--latency", "0.01"], "10000 Gbit/s, 0.01 µs"),
+        (["--bandwidth", "0.001", "--latency", "0"], "0.001 Gbit/s, 0 µs"),
+    ],
+)
+def test_all_networks_there_are_can_be_given(options, title, capsys):
+    assert run([*SMALL, "--ranks", "1,2", "--flops", "10", *options]) == 0
+    assert title in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.0, "0 s"),
+        (1.234e-9, "0.00123 µs"),
+        (9.996e-4, "1.00 ms"),
+        (9.994e-4, "999 µs"),
+        (0.9996, "1.00 s"),
+        (0.01234, "12.3 ms"),
+        (123456.0, "123,000 s"),
+    ],
+)
+def test_times_have_three_digits_and_a_fitting_unit(seconds, text):
+    assert duration(seconds) == text
 
 
 def test_messages_take_the_time_of_their_algorithms():

@@ -298,3 +298,24 @@ def test_sgn_is_the_published_method(beta):
     assert_close(flat(ours.params), flat(by_hand.params), 1e-8)
     optimizer.step(ours.closure)
     assert optimizer.report.damping == pytest.approx(damping)
+
+
+@pytest.mark.parametrize(
+    ("options", "known"), [({}, True), ({"weight_decay": 0.1}, False), ({"momentum": 0.5}, False)], ids=str
+)
+def test_the_dual_solve_of_a_step_starts_from_the_slope_of_the_loss(options, known):
+    """Where the right-hand side is −∇f of the tape itself; nothing has to be compared or negated for that."""
+    seen = []
+
+    class Watching(tn.Dual):
+        def solve(self, A, b, x0=None, preconditioner=None):
+            R, _ = A.factored()
+            seen.append(b is R.tape.descent)
+            return super().solve(A, b, x0, preconditioner)
+
+    torch.manual_seed(0)
+    model, x, y = nn.Linear(3, 2).double(), torch.randn(4, 3).double(), torch.tensor([0, 1, 1, 0])
+    optimizer = tn.Newton(model.parameters(), solver=Watching(), **options)
+    for _ in range(2):
+        optimizer.step(lambda: F.cross_entropy(model(x), y))
+    assert seen == [known, known]

@@ -52,7 +52,9 @@ class GaussNewton(LinearOperator):
         """J'(B(Jv))."""
         return self.jacobian.adjoint(self.curved(self.jacobian.apply(v)))
 
-    def quadratic_form(self, directions: Sequence[Sequence[Tensor]]) -> tuple[Tensor, float]:
+    def quadratic_form(
+        self, directions: Sequence[Sequence[Tensor]], gram: Tensor | None = None
+    ) -> tuple[Tensor, float]:
         """(JD)ᵀB(JD): half a product each."""
         moved = [self.jacobian.apply(d) for d in directions]
         return inner_products(moved, [self.curved(u) for u in moved]), len(moved) / 2

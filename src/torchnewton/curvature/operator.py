@@ -92,8 +92,13 @@ class LinearOperator(ABC):
             raise NotImplementedError(f"{type(self).__name__} is not symmetric and has no product with its transpose.")
         return self.apply(u)
 
-    def quadratic_form(self, directions: Sequence[Sequence[Tensor]]) -> tuple[Tensor, float]:
-        """DᵀAD of k directions, k×k in float64 on the CPU, and the products it took, k unless there is another way."""
+    def quadratic_form(
+        self, directions: Sequence[Sequence[Tensor]], gram: Tensor | None = None
+    ) -> tuple[Tensor, float]:
+        """DᵀAD of k directions, k×k in float64 on the CPU, and the products it took, k unless there is another way.
+
+        `gram` is DᵀD, where the caller knows it.
+        """
         return vectors.inner_products(directions, self.apply_each([list(d) for d in directions])), len(directions)
 
     def apply_each(self, vs: Sequence[Vector]) -> list[Vector]:
@@ -236,10 +241,13 @@ class Shifted(LinearOperator):
         found = self.base.factored()
         return None if found is None else (found[0], found[1] + self.shift)
 
-    def quadratic_form(self, directions: Sequence[Sequence[Tensor]]) -> tuple[Tensor, float]:
+    def quadratic_form(
+        self, directions: Sequence[Sequence[Tensor]], gram: Tensor | None = None
+    ) -> tuple[Tensor, float]:
         """That of A, and λDᵀD."""
-        form, num_products = self.base.quadratic_form(directions)
-        return form + self.shift * vectors.inner_products(directions, directions), num_products
+        form, num_products = self.base.quadratic_form(directions, gram)
+        gram = vectors.inner_products(directions, directions) if gram is None else gram
+        return form + self.shift * gram, num_products
 
     def own(self) -> LinearOperator:
         """That of A, shifted."""
@@ -344,9 +352,11 @@ class Sum(LinearOperator):
         """Aᵀu + Bᵀu."""
         return vectors.add(self.first.adjoint(u), self.second.adjoint(u))
 
-    def quadratic_form(self, directions: Sequence[Sequence[Tensor]]) -> tuple[Tensor, float]:
+    def quadratic_form(
+        self, directions: Sequence[Sequence[Tensor]], gram: Tensor | None = None
+    ) -> tuple[Tensor, float]:
         """The sum of the two."""
-        first, second = self.first.quadratic_form(directions), self.second.quadratic_form(directions)
+        first, second = (part.quadratic_form(directions, gram) for part in (self.first, self.second))
         return first[0] + second[0], first[1] + second[1]
 
     def to_dense(self) -> Tensor:

@@ -70,7 +70,9 @@ class Reduced(LinearOperator):
         found = self._sum([y for product in self.local.apply_each(vs) for y in product]) if vs else []
         return [found[i : i + width] for i in range(0, len(found), width)]
 
-    def quadratic_form(self, directions: Sequence[Sequence[Tensor]]) -> tuple[Tensor, float]:
+    def quadratic_form(
+        self, directions: Sequence[Sequence[Tensor]], gram: Tensor | None = None
+    ) -> tuple[Tensor, float]:
         """Σ wᵣDᵀAᵣD: k² numbers."""
         with vectors.agreeing(None):
             form, num_products = self.local.quadratic_form(directions)

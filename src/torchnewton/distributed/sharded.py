@@ -112,7 +112,9 @@ class ShardedReduced(Reduced):
         """One after the other, which takes the memory of one."""
         return [self.apply(v) for v in vs]
 
-    def quadratic_form(self, directions: Sequence[Sequence[Tensor]]) -> tuple[Tensor, float]:
+    def quadratic_form(
+        self, directions: Sequence[Sequence[Tensor]], gram: Tensor | None = None
+    ) -> tuple[Tensor, float]:
         """Σ wᵣDᵀAᵣD: k vectors made whole, k² numbers summed."""
         return super().quadratic_form([self.layout.gathered(d) for d in directions])
 

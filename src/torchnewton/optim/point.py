@@ -42,10 +42,12 @@ class Point:
         self._settled = [self.tape.buffers.renewed()]
         self.loss = self.share.total(lambda: float(self.tape.loss))
         self.value = self.loss + self._penalty()
-        self.gradient: Vector = [
-            g if w == 0 else g + w * p.detach()
-            for g, p, w in zip(self.share.gradient(self.tape), self.params, self.weight_decay, strict=True)
-        ]
+        self.gradient = self.share.gradient(self.tape)
+        if any(self.weight_decay):  # else the tape's own list, whose preimage is known
+            self.gradient = [
+                g if w == 0 else g + w * p.detach()
+                for g, p, w in zip(self.gradient, self.params, self.weight_decay, strict=True)
+            ]
 
     @property
     def recorded(self) -> Tape:

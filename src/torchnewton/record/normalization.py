@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,12 +11,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import Node
 
-_NODE = "NativeLayerNormBackward0"
+from torchnewton.record.known_values import Gradients, KnownCall, are_plain
 
 
 @dataclass(frozen=True)
-class LayerNormCall:
-    """One call y = w ⊙ x̂ + b of `layer_norm`, with the node that takes its gradient; `weight` None stands for ones."""
+class LayerNormCall(KnownCall):
+    """One call y = w ⊙ x̂ + b of `layer_norm`; `weight` None stands for ones."""
 
     node: Node
     input: Tensor
@@ -31,20 +30,13 @@ class LayerNormCall:
         names = ("input", "normalized_shape", "weight", "bias", "eps")
         given = {"weight": None, "eps": 1e-5, **dict(zip(names, args, strict=False)), **kwargs}
         x, w, node = given["input"], given["weight"], output.grad_fn
-        used = [t for t in (x, w, output) if t is not None]
-        plain = all(type(t) in (Tensor, torch.nn.Parameter) and t.dtype == output.dtype for t in used)
-        if node is None or node.name() != _NODE or not plain or torch._C._functorch.is_functorch_wrapped_tensor(x):
+        if node is None or node.name() != "NativeLayerNormBackward0" or not are_plain(output, x, w):
             return None
         return cls(node, x.detach(), tuple(given["normalized_shape"]), None if w is None else w.detach(), given["eps"])
 
-    def gradient(
-        self, found: tuple[Tensor | None, ...], above: tuple[Tensor | None, ...]
-    ) -> tuple[Tensor | None, ...] | None:
-        """The hook of the node: the gradients it has found, as functions of the one above it alone."""
-        if above[0] is None or not above[0].requires_grad:
-            return None
-        parts = [None if g is None else g.detach() for g in found]
-        return _adjoint(above[0], self.input, self.weight, self.shape, self.eps, *parts)
+    def adjoint(self, above: Tensor, found: Gradients) -> Gradients:
+        """See `KnownCall.adjoint`."""
+        return _adjoint(above, self.input, self.weight, self.shape, self.eps, *found)
 
 
 class _Adjoint(torch.autograd.Function):
@@ -56,7 +48,7 @@ class _Adjoint(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, g: Tensor, x: Tensor, weight: Tensor | None, shape: tuple[int, ...], eps: float, *found: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
+    ) -> Gradients:
         """The values that are known."""
         ctx.save_for_backward(x, weight)
         ctx.shape, ctx.eps = shape, eps
@@ -65,7 +57,7 @@ class _Adjoint(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dx: Tensor | None, dw: Tensor | None, db: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dx: Tensor | None, dw: Tensor | None, db: Tensor | None) -> Gradients:
         """The transpose: the forward kernel with ẇ and ḃ, and the backward kernel."""
         x, weight = ctx.saved_tensors
         scale = x.new_zeros(ctx.shape) if dw is None else dw
@@ -78,19 +70,4 @@ class _Adjoint(torch.autograd.Function):
         return (y, *[None] * 7)
 
 
-_adjoint: Callable[..., tuple[Tensor | None, ...]] = _Adjoint.apply
-
-
-@contextmanager
-def at_known_values(calls: Sequence[LayerNormCall]) -> Iterator[None]:
-    """Let a backward pass with `create_graph` take these calls as functions of the gradient that comes in alone.
-
-    Their second derivative in x and w, which a Jacobian has no use for, is what most of the time would go to: autograd
-    computes it whether it is asked for or not.
-    """
-    hooks = [call.node.register_hook(call.gradient) for call in calls]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+_adjoint: Callable[..., Gradients] = _Adjoint.apply

@@ -14,8 +14,11 @@ from torch import Tensor
 from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function_unary
 
+from torchnewton.record.convolution import CONVOLUTIONS, ConvolutionCall
 from torchnewton.record.errors import RecordError
 from torchnewton.record.graph import Edge, edge_of
+from torchnewton.record.known_values import KnownCall
+from torchnewton.record.linear import LinearCall
 from torchnewton.record.losses import ACTIVATIONS, LOSSES, Function, divisor, reduction, split_inputs
 from torchnewton.record.normalization import LayerNormCall
 from torchnewton.record.term import Candidate, Term
@@ -23,6 +26,11 @@ from torchnewton.record.term import Candidate, Term
 _BACKWARD = {Tensor.backward, torch.autograd.backward}
 _EMBEDDINGS = {F.embedding, F.embedding_bag}
 _RECURRENT = {torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu}
+_KNOWN: Mapping[Function, type[ConvolutionCall | LayerNormCall | LinearCall]] = {
+    F.layer_norm: LayerNormCall,
+    F.linear: LinearCall,
+    **dict.fromkeys(CONVOLUTIONS, ConvolutionCall),
+}
 
 
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
@@ -171,7 +179,7 @@ class Recorder(Watcher):
         self.candidates: list[Candidate] = []
         self.marked: list[Candidate] = []
         self.layer_calls: list[LayerCall] = []
-        self.normalizations: list[LayerNormCall] = []
+        self.known_calls: list[KnownCall] = []
         self.sizes: dict[Edge, torch.Size] = {}
         self.terms: list[Term] = []
         self.differentiates_parameters = False
@@ -190,7 +198,7 @@ class Recorder(Watcher):
 
     def add_term(self, loss: Tensor, weight: Tensor) -> Term:
         """Add ⟨weight, loss⟩ to the objective."""
-        term = Term(loss, weight, self.candidates, self.marked, self.params, self.create_graph, self.normalizations)
+        term = Term(loss, weight, self.candidates, self.marked, self.params, self.create_graph, self.known_calls)
         self.terms.append(term)
         return term
 
@@ -211,8 +219,8 @@ class Recorder(Watcher):
         output = result if isinstance(result, Tensor) else next(tensors_in([result]), None)
         if output is not None and output.grad_fn is not None:
             self.sizes[edge_of(output)] = output.shape
-            if func is F.layer_norm and (call := LayerNormCall.of(args, kwargs, output)) is not None:
-                self.normalizations.append(call)
+            if (known := _known_call(func, args, kwargs, output)) is not None:
+                self.known_calls.append(known)
             self._keep(func, args, kwargs, output)
         return result
 
@@ -241,6 +249,12 @@ class Recorder(Watcher):
     def _uses_parameter(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
         ids = self._ids
         return any(id(t) in ids for t in tensors_in(args)) or any(id(t) in ids for t in tensors_in(kwargs))
+
+
+def _known_call(func: Function, args: Sequence[Any], kwargs: Mapping[str, Any], output: Tensor) -> KnownCall | None:
+    """The call as one that Jᵀu takes at known values, where it is of such a kind."""
+    kind = _KNOWN.get(func)
+    return None if kind is None else kind.of(args, kwargs, output)
 
 
 def _backward_arguments(

@@ -22,7 +22,7 @@ from torchnewton.record.graph import (
     refuse_reentrant,
     walk,
 )
-from torchnewton.record.normalization import LayerNormCall, at_known_values
+from torchnewton.record.known_values import KnownCall, at_known_values
 
 
 @dataclass(frozen=True)
@@ -105,12 +105,12 @@ class Term:
         marked: Sequence[Candidate],
         params: Sequence[Tensor],
         create_graph: bool,
-        normalizations: Sequence[LayerNormCall] = (),
+        known_calls: Sequence[KnownCall] = (),
     ) -> None:
         if not loss.requires_grad:
             raise RecordError("the loss does not depend on any parameter: compute it from the model with gradients on.")
         self.params = list(params)
-        self._normalizations = list(normalizations)
+        self._known_calls = list(known_calls)
         self.value = (loss.detach() * weight).sum()
         start = edge_of(loss)
         self._start, self._weight = start, weight.detach()
@@ -152,7 +152,7 @@ class Term:
     def _linearized(self) -> list[Tensor | None]:
         """Jᵀu with its graph in u, of which only the places are kept."""
         self.cotangents = [u.detach().requires_grad_() for u in self.cotangents]
-        with at_known_values(self._normalizations):
+        with at_known_values(self._known_calls):
             found = grad(self.edges, self.params, self.cotangents, create_graph=True)
         if self._custom:
             refuse_once_differentiable(g for g in found if g is not None)

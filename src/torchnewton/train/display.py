@@ -12,6 +12,8 @@ from typing_extensions import Self
 
 from torchnewton.train.loop import Budget, Record, Run, step_report
 
+_UNITS = (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6))
+
 
 def number(value: float | None, digits: int = 3) -> str:
     """A number for a table, with a dash for none.
@@ -20,6 +22,20 @@ def number(value: float | None, digits: int = 3) -> str:
     ('0.000123', '–')
     """
     return "–" if value is None or math.isnan(value) else f"{value:.{digits}g}"
+
+
+def duration(seconds: float) -> str:
+    """Three significant digits in s, ms or µs.
+
+    >>> duration(1234.0), duration(12.34), duration(0.0005), duration(2.5e-9), duration(0.0)
+    ('1,230 s', '12.3 s', '500 µs', '0.00250 µs', '0 s')
+    """
+    if seconds == 0:
+        return "0 s"
+    rounded = float(f"{seconds:.3g}")
+    unit, size = next(((unit, size) for unit, size in _UNITS if rounded >= size), _UNITS[-1])
+    shown = rounded / size
+    return f"{shown:,.0f} {unit}" if shown >= 1000 else f"{shown:#.3g}".rstrip(".") + f" {unit}"
 
 
 def metric(value: float | None, name: str) -> str:

@@ -12,12 +12,14 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
 
 from torchnewton.train.data import load
+from torchnewton.train.display import duration
 from torchnewton.train.errors import UsageError
 from torchnewton.train.exchanges import Network, Step
 from torchnewton.train.figures import STYLE
 from torchnewton.train.plan import Row, is_sizes, planner
 
-HEADERS = ["ranks", "mode", "MB", "messages", "computing, s", "exchanges, s", "step, s", ""]
+HEADERS = ["ranks", "mode", "MB", "messages", "computing", "exchanges", "step", ""]
+MAX_BANDWIDTH, MIN_LATENCY = 10_000.0, 0.01  # Gbit/s, µs
 _COLOURS = ["#1f5fd0", "#d9480f", "#2b8a3e", "#868e96"]
 
 
@@ -53,8 +55,7 @@ def predict(request: Request) -> list[Row]:
         UsageError: for an option that cannot be understood.
     """
     ranks = [_number("ranks", word, whole=True) for word in request.ranks.split(",")]
-    if not (request.bandwidth > 0 and request.latency >= 0):
-        raise UsageError("--bandwidth must be positive and --latency must not be negative.")
+    _check_network(request.bandwidth, request.latency)
     rate = None if request.flops == "auto" else 1e9 * _number("flops", request.flops)
     if request.data is None and not is_sizes(request.model):
         raise UsageError(f"--model {request.model} needs --data; layer sizes as in 784-1000-10 do not.")
@@ -65,6 +66,16 @@ def predict(request: Request) -> list[Row]:
         request.model, data, step, Network(request.bandwidth * 1e9 / 8, request.latency * 1e-6), rate, request.slow
     )
     return [plan.row(mode, int(n)) for n in ranks for mode in (plan.modes if n > 1 else ["exact"])]
+
+
+def _check_network(bandwidth: float, latency: float) -> None:
+    """No network is beyond these limits: a number that is was meant in another unit."""
+    if not (bandwidth > 0 and latency >= 0):
+        raise UsageError("--bandwidth must be positive and --latency must not be negative.")
+    if bandwidth > MAX_BANDWIDTH:
+        raise UsageError(f"--bandwidth {bandwidth:g}: it is in Gbit/s, at most {MAX_BANDWIDTH:,g}; 1e9 bit/s are 1.")
+    if 0 < latency < MIN_LATENCY:
+        raise UsageError(f"--latency {latency:g}: it is in µs, at least {MIN_LATENCY:g}, or 0; 1e-4 s are 100.")
 
 
 def _number(option: str, word: str, whole: bool = False) -> float:
@@ -87,9 +98,7 @@ def rows(found: Sequence[Row]) -> list[list[str]]:
             r.mode,
             f"{r.num_bytes / 1e6:,.3f}",
             f"{r.messages:,}",
-            f"{r.computing:.4f}",
-            f"{r.exchanging:.4f}",
-            f"{r.seconds:.4f}",
+            *(duration(t) for t in (r.computing, r.exchanging, r.seconds)),
             "fastest" if best[r.ranks] is r else "",
         ]
         for r in found
