@@ -177,6 +177,7 @@ def usual(
     newton_cg_seconds: float | None = None,
     sgn_seconds: float | None = None,
     first_order_batch: int | None = None,
+    newton_batch: int | None = None,
     levenberg: Entry | None = None,
     convolutional: bool = False,
 ) -> tuple[Entry, ...]:
@@ -189,7 +190,7 @@ def usual(
     batch = partial(usual_batch, kind=kind, samples=samples, convolutional=convolutional)
     batches = lbfgs_batches or [None if samples <= ALL else ALL]
     return (
-        newton(batch("newton")),
+        newton(newton_batch or batch("newton")),
         sgn(batch("sgn"), cg_iterations),
         *([sgn(1000, cg_iterations, sgn_seconds)] if sgn_seconds is not None else []),
         *([newton_cg(weight_decay=weight_decay, seconds=newton_cg_seconds)] if samples <= ALL else []),

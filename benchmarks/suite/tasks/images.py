@@ -122,13 +122,14 @@ IMAGES = (
         seconds=6,
         search_seconds=2,
         search_limit=7,
-        limit=14,
+        limit=45,
         samples=60_000,
         problem=_test_on("mnist", small_cnn, 10_000),
         entries=usual(
             "classification",
             60_000,
             convolutional=True,
+            newton_batch=1000,
             levenberg=rivals.levenberg_marquardt(
                 5000, "CrossEntropyLoss", learning_rate=0.05, solver="qr", max_batch_size=200
             ),
