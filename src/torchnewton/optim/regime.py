@@ -95,7 +95,7 @@ class RegimeChoice:
     first_trial: int = 40
     growth: int = 8
     trial: int = 20
-    trust_in_trial: float = 0.2
+    trust_in_trial: float = 0.3
     least_trust: float = 0.1
     glide: Glide | None = field(default_factory=Glide)
 
