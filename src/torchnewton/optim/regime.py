@@ -57,8 +57,8 @@ class RegimeState:
     """What is remembered between steps; replaced, never changed.
 
     `exact` says which regime the last step was made in, None before the first; `cheap` whether a factorization is.
-    `evidence` is what the new ratios say for exact steps, `trial` counts the steps of a trial that are left, `next_trial` is the
-    number of the step at which one begins. `other` are λ and its unit in the regime that is not in use.
+    `evidence` is what the new ratios say for exact steps, `trial` counts the steps of a trial that are left,
+    `next_trial` is the number of the step at which one begins. `other` are λ and its unit in the regime not in use.
     """
 
     exact: bool | None = None
@@ -76,13 +76,14 @@ class RegimeChoice:
     A factorization is cheap where `Auto` finds one of at most `gradients` gradients or `flops` operations. Then a step
     on the same data as the last is `EXACT`. The first is made in `PLANE`, since nothing is known of its data.
 
-    Where a step comes with other data, the last one is judged on them: its new ratio r is the reduction there over the
-    reduction predicted. An exact step fits its batch, noise included, and with noise that is no progress: new ratios
-    scatter around 0, without around ½. So on changing data, after `first_trial` steps and each time after `growth` times
-    as many, `EXACT` is on trial for `trial` steps. The evidence S starts at 0 and becomes min(S + r − `expected`, 1), r
-    counted as at least −½ and at most 1; below −`doubt` the trial has failed, and the parameters return to where it began
-    if the loss of the new data is lower there. Who passes stays under the same watch, with half of `expected`. (A
-    sequential test, after Page's cumulative sums, Biometrika 41, 1954: noise ends a trial after two steps or three.)
+    Where a step comes with other data, the last one is judged on them: its new ratio r is the reduction there over
+    the reduction predicted. An exact step fits its batch, noise included, and with noise that is no progress: new
+    ratios scatter around 0, without noise around ½. So on changing data, after `first_trial` steps and each time
+    after `growth` times as many, `EXACT` is on trial for `trial` steps. The evidence S starts at 0 and becomes
+    min(S + r − `expected`, 1), r counted as at least −½ and at most 1. Below −`doubt` the trial has failed, and the
+    parameters return to where it began if the loss of the new data is lower there. Who passes stays under the same
+    watch, with half of `expected`. (A sequential test after Page, Biometrika 41, 1954: noise ends a trial in two or
+    three steps.)
 
     `glide` makes the cheaper steps between full ones in `PLANE`; None for full steps alone.
 
