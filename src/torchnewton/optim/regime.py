@@ -98,7 +98,7 @@ class RegimeChoice:
     growth: int = 8
     trial: int = 20
     expected: float = 0.2
-    doubt: float = 0.5
+    doubt: float = 0.75
     glide: Glide | None = field(default_factory=Glide)
 
     def is_cheap(self, tape: Tape | StreamedTape, share: Alone) -> bool:
