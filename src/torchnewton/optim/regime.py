@@ -82,8 +82,8 @@ class RegimeChoice:
     after `growth` times as many, `EXACT` is on trial for `trial` steps. The evidence S starts at 0 and becomes
     min(S + r − `expected`, 1), r counted as at least −½ and at most 1. Below −`doubt` the trial has failed, and the
     parameters return to where it began if the loss of the new data is lower there. Who passes stays under the same
-    watch, with half of `expected`. (A sequential test after Page, Biometrika 41, 1954: noise ends a trial in two or
-    three steps.)
+    watch, with half of `expected`. (A sequential test after Page, Biometrika 41, 1954: noise ends a trial in three
+    to five steps.)
 
     `glide` makes the cheaper steps between full ones in `PLANE`; None for full steps alone.
 
