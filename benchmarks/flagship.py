@@ -84,9 +84,7 @@ assert isinstance(NOISE, tn.LevenbergMarquardt)
 VARIANTS: dict[str, Make] = {
     "`Newton(params)`": lambda model: tn.Newton(model.parameters()),
     "no exact steps": chosen(RegimeChoice(gradients=0.0, flops=0.0)),
-    "exact from the second step": chosen(
-        RegimeChoice(first_trial=1, trust_in_trial=-2.0, least_trust=-2.0, flops=1e12)
-    ),
+    "exact from the second step": chosen(RegimeChoice(first_trial=1, doubt=1e9, flops=1e12)),
     "never gliding": chosen(RegimeChoice(glide=None)),
     "gliding at the fitted length": gliding(Glide(least=1.0)),
     "gliding at lengths that only shrink": gliding(Glide(growth=1.0)),

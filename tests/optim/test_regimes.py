@@ -109,11 +109,13 @@ def test_arguments_leave_no_choice():
         assert tn.Newton(small().parameters(), **arguments).choice is None
 
 
-def test_trust_is_a_running_average_of_bounded_ratios():
-    choice = RegimeChoice(memory=0.5)
-    assert choice.judged(RegimeState(trust=0.4), 0.2).trust == pytest.approx(0.3)
-    assert choice.judged(RegimeState(trust=0.0), -50.0).trust == -0.5
-    assert choice.judged(RegimeState(trust=0.0), 9.0).trust == 0.5
+def test_evidence_is_a_sum_of_bounded_ratios_above_what_is_expected():
+    choice, state = RegimeChoice(), RegimeState(exact=True, trial=20)
+    assert choice.judged(state, 0.3).evidence == pytest.approx(0.1)
+    assert choice.judged(state, -50.0).evidence == pytest.approx(-0.7)
+    assert choice.judged(choice.judged(state, 9.0), 9.0).evidence == 1.0
+    assert choice.judged(state, float("nan")) == state
+    assert choice.judged(RegimeState(exact=True), 0.3).evidence == pytest.approx(0.2)
 
 
 def test_trials_come_ever_more_rarely():

@@ -159,4 +159,4 @@ def test_batch_sizes_by_method():
     assert default_batch_size("adam", images()) == 40
     small, large = images(n=1500), images(n=3000)
     assert [default_batch_size(m, small) for m in ("adam", "newton", "lbfgs")] == [64, 64, 1500]
-    assert [default_batch_size(m, large) for m in ("adam", "newton", "lbfgs")] == [128, 100, 3000]
+    assert [default_batch_size(m, large) for m in ("adam", "newton", "lbfgs")] == [128, 75, 3000]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TypeGuard
@@ -56,13 +57,13 @@ class RegimeState:
     """What is remembered between steps; replaced, never changed.
 
     `exact` says which regime the last step was made in, None before the first; `cheap` whether a factorization is.
-    `trust` is the running average of new ratios, `trial` counts the steps of a trial that are left, `next_trial` is the
-    number of the step at which one begins. `other` are λ and its unit in the regime that is not in use.
+    `evidence` is what the new ratios say for exact steps, `trial` counts the steps of a trial that are left,
+    `next_trial` is the number of the step at which one begins. `other` are λ and its unit in the regime not in use.
     """
 
     exact: bool | None = None
     cheap: bool = False
-    trust: float = 0.5
+    evidence: float = 0.0
     trial: int = 0
     next_trial: int = 0
     other: tuple[float, float | None] | None = None
@@ -75,12 +76,14 @@ class RegimeChoice:
     A factorization is cheap where `Auto` finds one of at most `gradients` gradients or `flops` operations. Then a step
     on the same data as the last is `EXACT`. The first is made in `PLANE`, since nothing is known of its data.
 
-    Where a step comes with other data, the last one is judged on them: its new ratio is the reduction there over the
-    reduction predicted. An exact step fits its batch, noise included, and with noise that is no progress: new ratios
-    are near 0. So on changing data, after `first_trial` steps and each time after `growth` times as many, `EXACT` is
-    on trial for at most `trial` steps. The running average of the new ratios, the newest with
-    weight 1 − `memory`, starts at ½; below `trust_in_trial` the trial ends, and the parameters return to where it
-    began if the loss of the new data is lower there. Who passes stays, until the average falls below `least_trust`.
+    Where a step comes with other data, the last one is judged on them: its new ratio r is the reduction there over
+    the reduction predicted. An exact step fits its batch, noise included, and with noise that is no progress: new
+    ratios scatter around 0, without noise around ½. So on changing data, after `first_trial` steps and each time
+    after `growth` times as many, `EXACT` is on trial for `trial` steps. The evidence S starts at 0 and becomes
+    min(S + r − `expected`, 1), r counted as at least −½ and at most 1. Below −`doubt` the trial has failed, and the
+    parameters return to where it began if the loss of the new data is lower there. Who passes stays under the same
+    watch, with half of `expected`. (A sequential test after Page, Biometrika 41, 1954: noise ends a trial in three
+    to five steps.)
 
     `glide` makes the cheaper steps between full ones in `PLANE`; None for full steps alone.
 
@@ -91,12 +94,11 @@ class RegimeChoice:
 
     gradients: float = 20.0
     flops: float = 6e9
-    memory: float = 0.8
     first_trial: int = 40
     growth: int = 8
     trial: int = 20
-    trust_in_trial: float = 0.2
-    least_trust: float = 0.1
+    expected: float = 0.2
+    doubt: float = 0.75
     glide: Glide | None = field(default_factory=Glide)
 
     def is_cheap(self, tape: Tape | StreamedTape, share: Alone) -> bool:
@@ -119,19 +121,21 @@ class RegimeChoice:
         return RegimeState(exact=not self.allows_plane(tape), cheap=cheap, next_trial=self.first_trial)
 
     def judged(self, state: RegimeState, new_ratio: float) -> RegimeState:
-        """With one more new ratio, which counts as at most 1 and at least −1."""
-        trust = self.memory * state.trust + (1 - self.memory) * min(max(new_ratio, -1.0), 1.0)
-        return replace(state, trust=trust)
+        """With one more new ratio; one that is not a number says nothing."""
+        if math.isnan(new_ratio):
+            return state
+        expected = self.expected if state.trial > 0 else self.expected / 2
+        return replace(state, evidence=min(state.evidence + min(max(new_ratio, -0.5), 1.0) - expected, 1.0))
 
     def next(self, state: RegimeState, step: int, same_data: bool) -> tuple[RegimeState, bool]:
         """The state for step number `step`, and whether a trial has failed."""
         if not state.exact:
             if state.cheap and same_data:
-                return replace(state, exact=True, trust=0.5), False
+                return replace(state, exact=True, evidence=0.0), False
             if not state.cheap or step < state.next_trial:
                 return state, False
             later = self.growth * state.next_trial
-            return replace(state, exact=True, trust=0.5, trial=self.trial, next_trial=later), False
-        failed = state.trial > 0 and state.trust < self.trust_in_trial
-        ends = failed or state.trust < self.least_trust
+            return replace(state, exact=True, evidence=0.0, trial=self.trial, next_trial=later), False
+        ends = state.evidence < -self.doubt
+        failed = ends and state.trial > 0
         return replace(state, exact=not ends, trial=0 if ends else max(state.trial - 1, 0)), failed
