@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function_unary
 
+from torchnewton.record.batch_norm import BatchNormCall
 from torchnewton.record.convolution import CONVOLUTIONS, ConvolutionCall
 from torchnewton.record.errors import RecordError
 from torchnewton.record.graph import Edge, edge_of
@@ -26,7 +27,8 @@ from torchnewton.record.term import Candidate, Term
 _BACKWARD = {Tensor.backward, torch.autograd.backward}
 _EMBEDDINGS = {F.embedding, F.embedding_bag}
 _RECURRENT = {torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu}
-_KNOWN: Mapping[Function, type[ConvolutionCall | LayerNormCall | LinearCall]] = {
+_KNOWN: Mapping[Function, type[BatchNormCall | ConvolutionCall | LayerNormCall | LinearCall]] = {
+    F.batch_norm: BatchNormCall,
     F.layer_norm: LayerNormCall,
     F.linear: LinearCall,
     **dict.fromkeys(CONVOLUTIONS, ConvolutionCall),

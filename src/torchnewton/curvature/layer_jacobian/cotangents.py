@@ -44,7 +44,7 @@ class SharedCotangents:
 
     def adjoint(self, u: Tensor) -> Tensor:
         """Dᵀu, N × T, for u N × M."""
-        return self.weight * (u @ self.common)
+        return (u @ self.common).mul_(self.weight)
 
     def dense(self) -> Tensor:
         """N × M × T."""
