@@ -100,7 +100,7 @@ def exchanges(mode: str, step: Step, ranks: int) -> list[Message]:
         return [*shared, messages("first", step.itemsize, 9 + 3 * k), messages("sum", P, k)]
     blocks = [
         *shared,
-        messages("first", step.itemsize, 13),  # inner products
+        messages("first", step.itemsize, 10),  # inner products
         messages("gather", 24),  # how the ranks' solves ended
         messages("gather", -(-step.num_parameters // ranks) * step.itemsize),  # their parts of d
         messages("sum", 32),  # DᵀAD of two directions
