@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -24,7 +26,7 @@ class TwoHeads(nn.Module):
 
 def mlp(*sizes, bias=True):
     layers = []
-    for i, o in zip(sizes, sizes[1:], strict=False):
+    for i, o in pairwise(sizes):
         layers += [nn.Linear(i, o, bias=bias), nn.Tanh()]
     return nn.Sequential(*layers[:-1])
 

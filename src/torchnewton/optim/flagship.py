@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -12,7 +12,7 @@ from torchnewton import vectors
 from torchnewton.curvature import KFAC
 from torchnewton.distributed import Alone, DataParallel
 from torchnewton.optim.glide import Glide, GlideState
-from torchnewton.optim.memory import Remembers
+from torchnewton.optim.memory import Remembers, as_memory
 from torchnewton.optim.point import Point, penalty
 from torchnewton.optim.regime import RegimeState
 from torchnewton.record import BufferSnapshot, Closure, plain_gradient
@@ -83,7 +83,7 @@ class Flagship(Remembers):
         self._move(params, result.solution, 1.0)
         memory["last"] = None
         memory["step"] += 1
-        memory["glide"] = asdict(glide.glided(state, value, *slopes))
+        memory["glide"] = as_memory(glide.glided(state, value, *slopes))
         report.regime, report.solver, report.status = "plane", result.method, result.status.value
         report.gradient_equivalents += 1.0
         return True
@@ -95,7 +95,7 @@ class Flagship(Remembers):
             return False
         before = self._value_at_anchor(point)
         failed = glide.has_failed(point.value, before)
-        memory["glide"] = asdict(glide.taken_back(state) if failed else glide.passed(state))
+        memory["glide"] = as_memory(glide.taken_back(state) if failed else glide.passed(state))
         if failed:
             status = f"the last {state.gone} steps, not tested before, had raised the loss: taken back"
             self._return_to_anchor(point.params, status)
@@ -116,7 +116,7 @@ class Flagship(Remembers):
             return
         memory, coefficients = self._memory, result.coefficients if self.report.accepted else ()
         state = glide.after(GlideState(**memory["glide"]), point.value, coefficients, memory["step"])
-        memory["glide"] = asdict(state)
+        memory["glide"] = as_memory(state)
         if state.left > 0:
             self._buffers = point.plain_buffers
             self._set_anchor(point.params)
@@ -132,7 +132,7 @@ class Flagship(Remembers):
         elif choice.allows_plane(point.tape) and not GlideState(**memory["glide"]).gone:
             state, failed = choice.next(before, memory["step"], same_data)
         self.report.regime = "exact" if state.exact else "plane"
-        memory["regime"] = asdict(state)
+        memory["regime"] = as_memory(state)
         self._use_regime()
         if state.exact != before.exact:
             damping, scale = state.other or (self.damping.start(), None)
@@ -140,5 +140,5 @@ class Flagship(Remembers):
             memory.update(damping=damping, scale=scale, last=None)
             if state.trial:
                 self._set_anchor(point.params)
-        memory["regime"] = asdict(state)
+        memory["regime"] = as_memory(state)
         return failed

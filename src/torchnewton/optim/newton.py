@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from torchnewton.optim.acceleration import GeodesicAcceleration
 from torchnewton.optim.complete_state import mark_initialized
 from torchnewton.optim.escape import SaddleEscape
 from torchnewton.optim.flagship import Flagship
-from torchnewton.optim.memory import Curvature, Preconditioner
+from torchnewton.optim.memory import Curvature, Preconditioner, as_memory
 from torchnewton.optim.point import Point
 from torchnewton.optim.regime import RegimeChoice, RegimeState
 from torchnewton.optim.report import StepReport
@@ -205,7 +205,7 @@ class Newton(Flagship):
             return ""
         glider = self._glider(point.params)
         if glider is not None and self._running is not None:
-            self._running.update(point.recorded, point.share.statistics)
+            report.gradient_equivalents += self._running.update(point.recorded, point.share.statistics)
             done = self._glide(glider, point.params, point.gradient, point.value, point.share)
             return "" if done else Status.NOT_FINITE.value
         average, gradient = self._averaged(point)
@@ -272,7 +272,7 @@ class Newton(Flagship):
             new_ratio = _ratio(before - point.value, predicted)
             memory["damping"] = self.damping.update_on_new_data(damping, ratio, step_length, new_ratio)
             if self.choice is not None:
-                memory["regime"] = asdict(self.choice.judged(RegimeState(**memory["regime"]), new_ratio))
+                memory["regime"] = as_memory(self.choice.judged(RegimeState(**memory["regime"]), new_ratio))
         return False
 
     def _averaged(self, point: Point) -> tuple[Vector, Vector]:
@@ -322,7 +322,7 @@ class Newton(Flagship):
         rhs = point.tape.descent if alone and gradient is point.tape.gradient else vectors.scale(gradient, -1.0)
         start = self._previous_step(point.params) if isinstance(solver, UsesPreviousStep) else None
         if self.preconditioner is not None:
-            self.preconditioner.update(point.recorded, point.share.statistics)
+            report.gradient_equivalents += self.preconditioner.update(point.recorded, point.share.statistics)
         refused_at = report.damping
         while True:
             damping = report.damping = memory["damping"] * memory["scale"]

@@ -14,9 +14,10 @@ class StepReport:
     the objective with it. `reduction_ratio` is `actual_reduction / predicted_reduction`, NaN where no step was
     judged. `radius` is the trust radius of the step, NaN without one. `gradient_equivalents` counts the step's work in
     gradients of the same batch: a forward pass is 1/3, a backward pass 2/3, a product 4/3 (of the Hessian 2, by the
-    complex step 8/3), and dense linear algebra its floating-point operations over the 6NP
-    of a gradient of a dense network with P parameters on N samples. `bytes_communicated` is what this process has put
-    into `messages` exchanges with others. `seconds` are wall-clock seconds of the parts
+    complex step 8/3), and the dense linear algebra of an exact solve its floating-point operations over the 6NP of a
+    gradient of a dense network with P parameters on N samples. Beside the passes through the network a preconditioner's
+    own algebra (factors, eigenpairs, products with a vector) is not counted. `bytes_communicated` is what this process
+    has put into `messages` exchanges with others. `seconds` are wall-clock seconds of the parts
     `record`, `solve` and `search`.
     """
 

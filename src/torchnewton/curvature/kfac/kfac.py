@@ -52,13 +52,16 @@ class KFAC:
         sharing: see above.
         share: of the eigenpairs of factors larger than 128 that are kept, at least 32; the others are replaced by
             their mean. With 1 all are kept.
-        max_places: places of a layer that enter R, spread evenly over samples and positions: bounds time and memory.
+        max_samples: samples that enter R of a layer with one place a sample, spread evenly; on several processes, of
+            each.
+        max_places: places that enter R of a layer with several, spread evenly over samples and positions: bounds time
+            and memory.
         max_size: factors larger than this are kept as their diagonals.
         seed: of u.
 
-    Cost: statistics, a backward pass without the parameters' share, third of a gradient, and K² multiplications for
-    each of at most `max_places` places and O² for each place of a layer with K inputs and O outputs; see
-    `KroneckerInverse` for products and `Eigenpairs` for eigendecompositions. Memory: O² + K² a layer.
+    Cost: statistics, a backward pass without the parameters' share, a third of a gradient, and K² multiplications for
+    each of at most `max_samples` samples or `max_places` places and O² for each place of a layer with K inputs and O
+    outputs; see `KroneckerInverse` for products and `Eigenpairs` for eigendecompositions. Memory: O² + K² a layer.
 
     Errors: `ValueError` for arguments; `RecordError` where the loss has no split. Statistics that are not finite are
     left out.
@@ -77,6 +80,7 @@ class KFAC:
         inverses_every: int = 40,
         sharing: Sharing = "expand",
         share: float = 1 / 16,
+        max_samples: int = 256,
         max_places: int = 4096,
         max_size: int = 8192,
         seed: int = 0,
@@ -88,14 +92,19 @@ class KFAC:
         if sharing not in ("expand", "reduce"):
             raise ValueError(f'KFAC: sharing={sharing!r} must be "expand" or "reduce".')
         counts = {"statistics_every": statistics_every, "inverses_every": inverses_every}
-        for name, value in {**counts, "max_places": max_places, "max_size": max_size}.items():
+        for name, value in {
+            **counts,
+            "max_samples": max_samples,
+            "max_places": max_places,
+            "max_size": max_size,
+        }.items():
             if value < 1:
                 raise ValueError(f"KFAC: {name}={value} must be at least 1.")
         self.decay = decay
         self.statistics_every = statistics_every
         self.inverses_every = inverses_every
         self.share = share
-        self._statistics = Statistics(sharing, max_places, max_size)
+        self._statistics = Statistics(sharing, max_samples, max_places, max_size)
         self._generator = torch.Generator().manual_seed(seed)
         self._params: list[Tensor] = []
         self._blocks: dict[Positions, Block] = {}
@@ -115,10 +124,14 @@ class KFAC:
         """Count a step without a tape, when no statistics are due."""
         self._num_steps += 1
 
-    def update(self, tape: Tape, shared: Shared | None = None) -> None:
-        """Count a step, and take statistics from its tape if they are due; for `shared` see `Shared`."""
+    def update(self, tape: Tape, shared: Shared | None = None) -> float:
+        """Count a step, and take statistics from its tape if they are due; for `shared` see `Shared`.
+
+        Returns the passes through the network that took, in gradients: ⅓ or 0.
+        """
         self._params = tape.params
-        if self.is_due:
+        due = self.is_due
+        if due:
             tape.require_split()
             fresh = self._statistics.blocks(tape, self._generator, shared)
             if shared is not None:
@@ -128,6 +141,7 @@ class KFAC:
                 self._average(fresh)
                 self._num_statistics += 1
         self._num_steps += 1
+        return 1 / 3 if due else 0.0
 
     def _average(self, fresh: list[Block]) -> None:
         kept = self.decay**self.statistics_every

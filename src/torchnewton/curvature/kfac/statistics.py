@@ -31,6 +31,7 @@ class Statistics:
     """How factors are taken: see `torchnewton.KFAC` for the arguments."""
 
     sharing: Sharing
+    max_samples: int
     max_places: int
     max_size: int
 
@@ -38,7 +39,7 @@ class Statistics:
         """One sample of every block, of the samples of this process; `shared` as for `sampled_cotangents`.
 
         Cost: a backward pass without the parameters' share, and per layer K² multiplications for each of at most
-        `max_places` places, O² for every place.
+        `max_samples` samples or `max_places` places, O² for every place.
         """
         layers, covered = explicit_layers(tape)
         live = {i for i, p in enumerate(tape.params) if p.requires_grad}
@@ -88,22 +89,16 @@ class Statistics:
         """Inputs n × g × L × K and cotangents N × g × L × O; they need not be of the same samples and places."""
         if self.sharing == "reduce":
             inputs, delta = inputs.mean(2, keepdim=True), delta.sum(2, keepdim=True)
+        most = self.max_samples if inputs.shape[2] == 1 else self.max_places
         inputs, delta = (
             x.transpose(0, 1).flatten(1, 2).to(_precise(x.dtype)) for x in (inputs, delta)
         )  # g × places × …
         left = self._second_moment(delta)
-        inputs = inputs[:, :: math.ceil(inputs.shape[1] / self.max_places)]
+        inputs = inputs[:, :: math.ceil(inputs.shape[1] / most)]
         if not of_weight:
             return left, inputs.new_ones(len(inputs), 1, 1)
         right = self._second_moment(inputs) / inputs.shape[1]
         return left, _bordered(right, inputs.mean(1)) if of_bias else right
-
-    def _step(self, places: int) -> int:
-        """From one chosen place to the next; without common divisor, so that no position in a sample is preferred."""
-        step = math.ceil(places / self.max_places)
-        while math.gcd(step, places) > 1:
-            step += 1
-        return step
 
     def _second_moment(self, x: Tensor) -> Tensor:
         """Σ xxᵀ over places for x g × places × n; its diagonal alone where n is too large."""
