@@ -123,7 +123,7 @@ def test_trials_come_ever_more_rarely():
     state = RegimeState(exact=False, cheap=True, next_trial=40)
     assert choice.next(state, 39, False) == (state, False)
     trial, failed = choice.next(state, 40, False)
-    assert (trial.exact, trial.trial, trial.next_trial, failed) == (True, 20, 320, False)
+    assert (trial.exact, trial.trial, trial.next_trial, failed) == (True, 20, 800, False)
     ended, failed = choice.next(choice.judged(choice.judged(trial, -1.0), -1.0), 42, False)
     assert (ended.exact, failed) == (False, True)
     dear = RegimeState(exact=False, cheap=False, next_trial=40)

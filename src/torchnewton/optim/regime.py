@@ -95,7 +95,7 @@ class RegimeChoice:
     gradients: float = 20.0
     flops: float = 6e9
     first_trial: int = 40
-    growth: int = 8
+    growth: int = 20
     trial: int = 20
     expected: float = 0.2
     doubt: float = 0.75
