@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -42,6 +44,28 @@ def test_on_the_same_data_it_is_exact_from_the_second_step():
     _, reports = run(small(), [(x, torch.sin(x.sum(1, keepdim=True)))] * 30)
     assert [r.regime for r in reports] == ["plane"] + 29 * ["exact"]
     assert reports[-1].loss < 1e-4 * reports[0].loss
+
+
+@pytest.mark.parametrize("line_search", [None, tn.Armijo(), tn.Armijo(contraction=0.4)])
+def test_on_the_same_data_steps_that_go_too_far_are_solved_again_and_not_shortened(line_search):
+    """Unless the line search has been given: it does what it was asked for."""
+    torch.manual_seed(3)
+    model, x = (
+        nn.Sequential(nn.Linear(1, 20), nn.Sigmoid(), nn.Linear(20, 1)).double(),
+        torch.linspace(-1, 1, 50)[:, None],
+    )
+    y = torch.sinc(10 * x)
+    optimizer, lengths, evaluations, losses = tn.Newton(model.parameters(), line_search=line_search), [], [], []
+    for _ in range(60):
+        optimizer.step(lambda: F.mse_loss(model(x.double()), y.double()))
+        report = optimizer.report
+        if report.regime == "exact" and report.accepted:
+            lengths.append(report.step_length)
+            evaluations.append(report.loss_evaluations)
+            losses.append(report.loss)
+    assert all(b < a for a, b in pairwise(losses))
+    assert max(evaluations) > 3  # acceleration and full step are three: some went too far
+    assert (min(lengths) == 1) == (line_search in (None, tn.Armijo()))
 
 
 def test_a_trial_on_noise_is_taken_back():

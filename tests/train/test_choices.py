@@ -160,4 +160,4 @@ def test_batch_sizes_by_method():
     small, large = images(n=1500), images(n=3000)
     assert [default_batch_size(m, small) for m in ("adam", "newton", "lbfgs")] == [64, 64, 1500]
     assert [default_batch_size(m, large) for m in ("adam", "newton", "lbfgs")] == [128, 75, 3000]
-    assert [default_batch_size("newton", values(n)) for n in (600, 3000, 9000)] == [64, 300, 500]
+    assert [default_batch_size("newton", values(n)) for n in (600, 3000, 9000)] == [64, 300, 600]

@@ -11,6 +11,7 @@ from torch import Tensor
 from torchnewton import vectors
 from torchnewton.curvature import KFAC
 from torchnewton.distributed import Alone, DataParallel
+from torchnewton.globalization import Armijo, LineSearch
 from torchnewton.optim.glide import Glide, GlideState
 from torchnewton.optim.memory import Remembers, as_memory
 from torchnewton.optim.point import Point, penalty
@@ -19,11 +20,14 @@ from torchnewton.record import BufferSnapshot, Closure, plain_gradient
 from torchnewton.solvers import HeavyBall, SolveResult
 from torchnewton.vectors import Vector
 
+MOST_SOLVES_AGAIN = 8  # in a step, each with λ raised
+
 
 class Flagship(Remembers):
     """What `Newton` does where it chooses its parts itself: see `RegimeChoice` and `Glide`."""
 
     data_parallel: DataParallel | None
+    line_search: LineSearch
     _buffers: BufferSnapshot | None
 
     def _glided(self, closure: Closure, params: list[Tensor], decays: list[float]) -> tuple[Any] | None:
@@ -120,6 +124,14 @@ class Flagship(Remembers):
         if state.left > 0:
             self._buffers = point.plain_buffers
             self._set_anchor(point.params)
+
+    def _solves_again(self, result: SolveResult, same_data: bool) -> bool:
+        """Whether a step that goes too far is solved again with λ raised, which turns it, and not shortened.
+
+        So on the data of the last step, where what was factorized serves the next λ, too.
+        """
+        free = self.choice is not None and self.line_search == Armijo()
+        return free and same_data and bool(self._memory["regime"]["exact"]) and result.shifted is not None
 
     def _choose_regime(self, point: Point, same_data: bool) -> bool:
         """Without arguments: the parts of this step; returns whether the last ones were a trial that has failed."""

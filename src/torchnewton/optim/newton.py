@@ -18,7 +18,7 @@ from torchnewton.globalization import Armijo, AutoDamping, Damping, LearnsFromNe
 from torchnewton.optim.acceleration import GeodesicAcceleration
 from torchnewton.optim.complete_state import mark_initialized
 from torchnewton.optim.escape import SaddleEscape
-from torchnewton.optim.flagship import Flagship
+from torchnewton.optim.flagship import MOST_SOLVES_AGAIN, Flagship
 from torchnewton.optim.memory import Curvature, Preconditioner, as_memory
 from torchnewton.optim.point import Point
 from torchnewton.optim.regime import RegimeChoice, RegimeState
@@ -70,7 +70,8 @@ class Newton(Flagship):
         acceleration: a second-order correction of d, made where a factorization exists to be used again; the two
             sets have their own.
         escape: the way out of a saddle, for a curvature that may be negative, with a `trust_region`; none.
-        retries: how often a step that the line search refused is solved again in the same step with λ raised.
+        retries: how often a step that the line search refused is solved again in the same step with λ raised. The
+            first of the two sets does so on its own, instead of shortening, on the data of the last step.
         weight_decay: w, see above; the only option a parameter group may set.
         process_group: the processes over which the samples are spread, or a `DataParallel` that says more; f is then
             the mean over the samples of all, and every process makes the same step. A closure whose model is under
@@ -218,7 +219,7 @@ class Newton(Flagship):
             A = self._operator(point, curvature)
             self._find_scale(point, A, gradient)
         solver, result = self.solver_at(memory["step"]), None
-        for _ in range(1 + self.retries):
+        for number in range(1 + max(self.retries, MOST_SOLVES_AGAIN)):
             with self._timed("solve"):
                 result = self._solve(point, solver, A, gradient, result)
             if result.status is Status.NOT_FINITE or not vectors.is_finite(result.solution):
@@ -226,9 +227,10 @@ class Newton(Flagship):
             if report.gradient_norm == 0 and vectors.norm(result.solution) == 0:
                 report.status = "the gradient is zero: this is a stationary point"
                 break
+            again = number < MOST_SOLVES_AGAIN and self._solves_again(result, same_data)
             with self._timed("search"):
-                self._search(point, gradient, result)
-            if report.accepted:
+                self._search(point, gradient, result, Armijo(max_halvings=0) if again else self.line_search)
+            if report.accepted or not (again or number < self.retries):
                 break
         report.gradient_equivalents += 1 + report.loss_evaluations / 3
         report.gradient_equivalents += _fraction_seen(point, curvature) * report.products * A.gradients_per_product
@@ -385,7 +387,7 @@ class Newton(Flagship):
         report.damping = memory["damping"] * memory["scale"]
         return best
 
-    def _search(self, point: Point, gradient: Vector, result: SolveResult) -> None:
+    def _search(self, point: Point, gradient: Vector, result: SolveResult, line_search: LineSearch) -> None:
         """Judge the direction, choose a step length, move if it is accepted, adapt λ."""
         report, rule, memory, d = self.report, self.damping, self._memory, result.solution
         slope = vectors.dot(gradient, d)
@@ -406,7 +408,7 @@ class Newton(Flagship):
 
         if self.trust_region is None:
             full = evaluate(1.0)
-            found = self.line_search.search(evaluate, point.value, slope, full)
+            found = line_search.search(evaluate, point.value, slope, full)
             alpha, value = (1.0, full) if rule.full_step else (found.step_length, found.value)
         else:
             rounding = 10 * torch.finfo(d[0].dtype).eps * abs(point.value)

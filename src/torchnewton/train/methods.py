@@ -70,7 +70,7 @@ def _newton_batch(data: Dataset) -> int:
     n = len(data.x_train)
     if data.kind == "text":
         return 32
-    return min(max(n // (40 if data.kind == "classification" else 10), 64), 500)
+    return min(max(n // 40, 64), 500) if data.kind == "classification" else min(max(n // 10, 64), 600)
 
 
 def _convolutional_newton_batch(data: Dataset) -> int:
