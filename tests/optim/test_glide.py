@@ -152,6 +152,13 @@ def test_the_factor_shrinks_when_slopes_overshoot():
     assert glide.passed(state).period == 8
 
 
+def test_full_steps_come_first_then_in_growing_gaps():
+    glide, state = Glide(), GlideState(period=20)
+    gliding = [glide.after(state, 1.0, (0.5, 0.1), step).left for step in (1, 14, 15, 17, 18, 21, 69, 500)]
+    assert gliding == [0, 0, 1, 1, 2, 3, 19, 19]
+    assert glide.after(replace(state, pause=2), 1.0, (0.5, 0.1), 500).left == 0
+
+
 def test_slopes_are_summed_over_a_stretch():
     glide = Glide()
     first = glide.glided(GlideState(left=3, downhill=9.0, overshot=9.0), 1.0, -2.0, 5.0)

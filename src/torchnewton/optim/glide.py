@@ -43,8 +43,9 @@ class Glide:
     What was not tested may go wrong. So on the batch after the last of them, or at once where the loss is `alarm` times
     the largest of the last ten or not finite, the loss is compared with that at the point where the gliding began. If
     it has grown by more than the share `tolerance` there, all these steps are taken back, half as many are made the
-    next time, after `pause` full steps, and h shrinks. Else the number of gliding steps doubles, to at most `longest`,
-    and at most one for every `patience` steps made so far.
+    next time, after `pause` full steps, and h shrinks. Else the number of gliding steps doubles. One step in `longest`
+    is full at least; the first `first` are, since λ adapts in full steps alone, then one in two, and one in one more
+    after every `patience` steps.
 
     h also follows the slopes. After a step x the gradient g₊ of the next batch tells what slope x has left behind. h
     shrinks where Σ g₊ᵀx exceeds the share `balance` of Σ |gᵀx| over the gliding steps, else it grows; it stays between
@@ -52,7 +53,8 @@ class Glide:
     """
 
     longest: int = 20
-    patience: int = 10
+    first: int = 15
+    patience: int = 3
     memory: int = 5
     most: float = 0.9
     alarm: float = 1.3
@@ -106,5 +108,6 @@ class Glide:
         known = state.coefficients
         if len(coefficients) == 2:
             known = (*known, coefficients)[-self.memory :]
-        left = 0 if state.pause else min(state.period, 1 + step // self.patience) - 1
+        too_early = step < self.first or state.pause > 0
+        left = 0 if too_early else min(state.period, 2 + (step - self.first) // self.patience) - 1
         return replace(state, coefficients=known, left=left, gone=0, pause=max(state.pause - 1, 0))

@@ -46,7 +46,7 @@ EXACT = Regime(GaussNewton, Auto(), AutoDamping(), GeodesicAcceleration(), preco
 PLANE = Regime(
     _for_plane,
     Plane(),
-    LevenbergMarquardt(initial=1.0, minimum=1e-3, unit=Unit.NOISE),
+    LevenbergMarquardt(initial=1.0, decrease=0.5, minimum=1e-3, unit=Unit.NOISE),
     acceleration=None,
     preconditioned=True,
 )
@@ -80,10 +80,10 @@ class RegimeChoice:
     the reduction predicted. An exact step fits its batch, noise included, and with noise that is no progress: new
     ratios scatter around 0, without noise around ½. So on changing data, after `first_trial` steps and each time
     after `growth` times as many, `EXACT` is on trial for `trial` steps. The evidence S starts at 0 and becomes
-    min(S + r − `expected`, 1), r counted as at least −½ and at most 1. Below −`doubt` the trial has failed, and the
-    parameters return to where it began if the loss of the new data is lower there. Who passes stays under the same
-    watch, with half of `expected`. (A sequential test after Page, Biometrika 41, 1954: noise ends a trial in three
-    to five steps.)
+    min(S + r − `expected`, 1), r counted as at least −0.1 and at most 1: a step that overshoots says no more than one
+    that does not help. Below −`doubt` the trial has failed, and the parameters return to where it began if the loss
+    of the new data is lower there. Who passes stays under the same watch, with half of `expected`. (A sequential test
+    after Page, Biometrika 41, 1954: noise ends a trial in two to five steps.)
 
     `glide` makes the cheaper steps between full ones in `PLANE`; None for full steps alone.
 
@@ -97,8 +97,8 @@ class RegimeChoice:
     first_trial: int = 40
     growth: int = 20
     trial: int = 20
-    expected: float = 0.2
-    doubt: float = 0.75
+    expected: float = 0.15
+    doubt: float = 0.4
     glide: Glide | None = field(default_factory=Glide)
 
     def is_cheap(self, tape: Tape | StreamedTape, share: Alone) -> bool:
@@ -125,7 +125,7 @@ class RegimeChoice:
         if math.isnan(new_ratio):
             return state
         expected = self.expected if state.trial > 0 else self.expected / 2
-        return replace(state, evidence=min(state.evidence + min(max(new_ratio, -0.5), 1.0) - expected, 1.0))
+        return replace(state, evidence=min(state.evidence + min(max(new_ratio, -0.1), 1.0) - expected, 1.0))
 
     def next(self, state: RegimeState, step: int, same_data: bool) -> tuple[RegimeState, bool]:
         """The state for step number `step`, and whether a trial has failed."""
