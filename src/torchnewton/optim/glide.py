@@ -44,8 +44,8 @@ class Glide:
     the largest of the last ten or not finite, the loss is compared with that at the point where the gliding began. If
     it has grown by more than the share `tolerance` there, all these steps are taken back, half as many are made the
     next time, after `pause` full steps, and h shrinks. Else the number of gliding steps doubles, within bounds:
-    the first `first` steps are full, since λ adapts in full steps alone, then at least one in two is, one in three after
-    `patience` more steps, and so on to one in `longest`.
+    the first `first` steps are full, since λ adapts in full steps alone, then at least one in two is, one in three
+    after `patience` more steps, and so on to one in `longest`.
 
     h also follows the slopes. After a step x the gradient g₊ of the next batch tells what slope x has left behind. h
     shrinks where Σ g₊ᵀx exceeds the share `balance` of Σ |gᵀx| over the gliding steps, else it grows; it stays between

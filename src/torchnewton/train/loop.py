@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -142,7 +142,8 @@ class Budget:
     """When a run ends: after `epochs`, or after CPU `seconds` (wall-clock seconds on an accelerator).
 
     With `loss` it ends sooner: once the mean loss over all training data, looked at ten times an epoch, is as low. The
-    last step is then cut short where it reaches that loss, so that methods with long steps end at the same loss.
+    last step is then cut short where it reaches that loss, or, if it was below before, the way since the last look: so
+    methods with long steps end at the same loss.
     """
 
     epochs: int | None = None
@@ -156,13 +157,14 @@ class Budget:
         seconds = run.cpu_seconds if run.data.x_train.device.type == "cpu" else run.wall_seconds
         return seconds / self.seconds if self.seconds else 1.0
 
-    def has_reached(self, run: Run, before: int = -1) -> bool:
-        """Whether the training loss is as low as `loss`; the look is no part of the run's time.
-
-        It looks where a tenth of an epoch is full that was not at `before` batches.
-        """
+    def looks(self, run: Run, before: int) -> bool:
+        """Whether to look at the training loss: where a tenth of an epoch is full that was not at `before` batches."""
         interval = max(1, run.batches_per_epoch // 10)
-        if self.loss is None or run.batches // interval == before // interval:
+        return self.loss is not None and run.batches // interval != before // interval
+
+    def has_reached(self, run: Run) -> bool:
+        """Whether the training loss is as low as `loss`; the look is no part of the run's time."""
+        if self.loss is None:
             return False
         (reached,) = run.ranks.first(training_loss(run) <= self.loss)
         return bool(reached)
@@ -189,13 +191,17 @@ def train(
         run.history.append(evaluate(run))
         on_record(run)
     used = budget.used(run)
+    above = _copied(run.model) if budget.loss else []  # where the last look has found the loss too high
     while used < 1:
-        before = [p.detach().clone() for p in run.model.parameters()] if budget.loss else []
+        before = _copied(run.model) if budget.loss else []
         batches = run.batches
         train_step(run)
-        reached = budget.has_reached(run, batches)
+        looks = budget.looks(run, batches)
+        reached = looks and budget.has_reached(run)
         if reached and budget.loss:
-            cut_last_step(run, before, budget.loss)
+            cut_back(run, [before, above], budget.loss)
+        elif looks:
+            above = _copied(run.model)
         if reached or budget.is_evaluation_due(run, before=used):
             run.history.append(evaluate(run))
             on_record(run)
@@ -259,26 +265,35 @@ def _full_step(run: Run, fraction: float) -> Any:
     return run.optimizer.step(everything, curvature=objective(block) if len(block) < len(data.x_train) else None)
 
 
-@torch.no_grad()
-def cut_last_step(run: Run, before: list[Tensor], loss: float) -> None:
-    """Moves the parameters back towards `before` to where the training loss is `loss`, by 20 bisections.
+def _copied(model: nn.Module) -> list[Tensor]:
+    return [p.detach().clone() for p in model.parameters()]
 
-    They stay where `before` is as low already. Buffers and the optimizer's state are those after the whole step.
+
+@torch.no_grad()
+def cut_back(run: Run, earlier: Sequence[Sequence[Tensor]], loss: float) -> None:
+    """Moves the parameters back to where the training loss is `loss`, by 20 bisections.
+
+    The way is that to the first of the `earlier` points, the latest of them first, or from there to the next, if the
+    loss is as low already there; nothing moves if it is so at all. Buffers and the optimizer's state stay.
     """
     params = list(run.model.parameters())
-    after = [p.clone() for p in params]
-    high, low = 0.0, 1.0  # fractions of the step above and below the loss
+    after: Sequence[Tensor] = (end := _copied(run.model))
 
-    def move(fraction: float) -> float:
+    def move(before: Sequence[Tensor], fraction: float) -> float:
         for p, a, b in zip(params, before, after, strict=True):
             p.copy_(a.lerp(b, fraction))
         return training_loss(run)
 
-    if move(high) > loss:
-        for _ in range(20):
-            middle = (high + low) / 2
-            high, low = (middle, low) if move(middle) > loss else (high, middle)
-    move(low)
+    for before in earlier:
+        if move(before, 0.0) > loss:
+            high, low = 0.0, 1.0  # fractions of the way above and below the loss
+            for _ in range(20):
+                middle = (high + low) / 2
+                high, low = (middle, low) if move(before, middle) > loss else (high, middle)
+            move(before, low)
+            return
+        after = before
+    move(end, 0.0)
 
 
 def next_batch(run: Run) -> tuple[Tensor, Tensor]:
