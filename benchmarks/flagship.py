@@ -32,7 +32,7 @@ from torchnewton.optim.regime import EXACT, PLANE, RegimeChoice
 from torchnewton.solvers import Operator, SolveResult
 
 NAMES = ("sine-10", "kin8nm", "california", "letter", "satimage")
-SEEDS, WORK = 3, 400.0  # gradients of the method's own batch, dense linear algebra of exact steps apart
+SEEDS, WORK = 3, 800.0  # gradients of the method's own batch, dense linear algebra of exact steps apart
 Make = Callable[[nn.Module], tn.Newton]
 
 

@@ -73,6 +73,9 @@ class Row:
     def mean_best(self) -> float:
         return statistics.fmean(run.best(self.task) for run in self.runs)
 
+    def mean_settled(self) -> float:
+        return statistics.fmean(run.settled for run in self.runs)
+
     def _first(self, target: float) -> list[Point | None]:
         return [run.first(self.task, target) for run in self.runs]
 

@@ -7,6 +7,7 @@ import hashlib
 import json
 import platform
 import re
+import statistics
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -52,6 +53,13 @@ class Run:
         """The best test value on the way."""
         values = [p.value for p in self.points if p.value is not None]
         return max(values) if task.is_accuracy else min(values)
+
+    @property
+    def settled(self) -> float:
+        """The median test value in the last third of the time: what a curve is at, not what it touches."""
+        known = [(p.seconds, p.value) for p in self.points if p.value is not None]
+        late = [value for seconds, value in known if 3 * seconds >= 2 * self.seconds]
+        return statistics.median(late or [known[-1][1]])
 
 
 class Store:

@@ -21,7 +21,7 @@ def task_table(task: Task, rows: Sequence[Row]) -> str:
     header = ["method", "batch", "rate", *(f"CPU s to {goal}" for goal in goals)]
     work = "" if len(goals) == 1 else f" to {' / '.join(goals)}"
     header += [f"{name}{work}" for name in ("failed", "steps", "gradients", *(["passes"] if task.samples else []))]
-    header += [f"best {task.metric}", "CPU s of the rate search"]
+    header += [f"best {task.metric}", "settled", "CPU s of the rate search"]
     return table(header, (_cells(row, rows) for row in rows))
 
 
@@ -42,6 +42,7 @@ def _cells(row: Row, rows: Sequence[Row]) -> list[str]:
         " / ".join(f"{w[1]:,.0f}" if w else "–" for w in work),
         *([" / ".join(number(p) for p in passes)] if task.samples else []),
         _bold(value_text(task, row.mean_best(), 2), row.mean_best() == leader),
+        value_text(task, row.mean_settled(), 2),
         f"{row.search_seconds:.0f}" if row.search else "–",
     ]
 

@@ -259,6 +259,15 @@ def test_runs_are_kept_and_the_page_comes_from_them(tmp_path):
     assert (tmp_path / "docs/figures/made-up.svg").is_file()
 
 
+@pytest.mark.parametrize(("late", "settled"), [((0.4, 0.1, 0.3), 0.3), ((None,), 0.2)])
+def test_what_a_curve_is_at_is_not_what_it_touches(late, settled):
+    values = (1.0, 0.5, 0.2, *late)
+    times = (0.0, 0.1, 0.2, *(2.0 + i / 10 for i in range(len(late))))
+    points = [Point(t, i, float(i), v) for i, (t, v) in enumerate(zip(times, values, strict=True))]
+    run = Run(Key("made-up", "newton", None, 20, 0, 1.0, 3.0), "finished", points, {})
+    assert run.settled == settled
+
+
 def test_the_modes_of_several_processes_stand_on_the_page(tmp_path):
     assert report.distributed(tmp_path / "distributed.json") == []
     row = {"task": "letter", "mode": "exact", "bytes": 154776.8, "messages": 62.7}
