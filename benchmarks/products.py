@@ -100,7 +100,7 @@ def main() -> None:
     data, rounds = images(args.data_dir), 1 if args.quick else None
     parts: dict[str, Callable[[], Any]] = {
         "memory": memory.measure_memory,  # before freed memory is kept
-        "products": lambda: measure_products(rounds or timing.ROUNDS),
+        "products": lambda: measure_products(rounds or 3 * timing.ROUNDS),  # some limits are near
         "directions": lambda: directions.measure_directions(data, rounds or directions.ROUNDS),
         "choices": lambda: [choices.measure_row(row, rounds or choices.ROUNDS) for row in choices.GRID],
         "plane_steps": lambda: plane_step.measure_plane_steps(data),

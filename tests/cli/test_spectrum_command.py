@@ -130,6 +130,14 @@ def test_a_wrong_argument_is_one_sentence_and_writes_nothing(name, tmp_path, cap
 
 
 @pytest.mark.parametrize("method", ["sgd", "newton"])
+def test_training_that_begins_below_the_loss_keeps_its_steps(tmp_path, method):
+    args = ["train", "--data", "digits", "--model", "linear", "--method", method, "--out", "run"]
+    assert run([*args, "--until-loss", "100"]) == 0
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert records[-1]["train_loss"] < records[0]["train_loss"] < 100
+
+
+@pytest.mark.parametrize("method", ["sgd", "newton"])
 def test_training_stops_at_a_loss(tmp_path, capsys, method):
     args = ["train", "--data", "digits", "--model", "linear", "--method", method, "--out", "run"]
     assert run([*args, "--until-loss", "0.5"]) == 0
