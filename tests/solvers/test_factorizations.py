@@ -153,6 +153,28 @@ def test_float32_network(trained, solver, damping):
         assert (b - exact @ flatten(found).double()).norm() <= 1e-4 * max(1, 1e-3 / damping) * b.norm()
 
 
+@pytest.mark.parametrize("relative", [1e-5, 1e-6, 1e-7, 1e-8])
+def test_a_float32_network_near_a_minimum(relative):
+    """RᵀR and the gradient in float32 would leave no digit of the direction for the smallest of these dampings."""
+    torch.manual_seed(0)
+    double = nn.Sequential(nn.Linear(1, 10), nn.Tanh(), nn.Linear(10, 1)).double()
+    x = torch.linspace(-1, 1, 5000).unsqueeze(1)
+    y = torch.sin(6 * x)
+    optimizer = tn.Newton(double.parameters(), damping=tn.AutoDamping())
+    for _ in range(40):
+        optimizer.step(lambda: F.mse_loss(double(x.double()), y.double()))
+    single = copy.deepcopy(double).float()
+    double = copy.deepcopy(single).double()
+    rounded = tn.record(lambda: F.mse_loss(single(x), y), list(single.parameters()))
+    tape = tn.record(lambda: F.mse_loss(double(x.double()), y.double()), list(double.parameters()))
+    damping = relative * float(torch.linalg.matrix_norm(tn.GaussNewton(tape).to_dense(), 2))
+    expected = flatten(tn.Direct().solve(tn.GaussNewton(tape) + damping, tape.descent).solution)
+    result = tn.Direct().solve(tn.GaussNewton(rounded) + damping, rounded.descent)
+    assert tape.loss < 1e-7
+    assert (flatten(result.solution).double() - expected).norm() <= 0.05 * expected.norm()
+    assert result.slope == pytest.approx(-float(flatten(tape.descent) @ expected), rel=0.02)
+
+
 def test_the_known_preimage_is_taken_for_the_gradient_alone(trained):
     _, tape = trained
     R, _ = (tn.GaussNewton(tape) + 0.1).factored()

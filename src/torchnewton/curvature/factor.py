@@ -45,15 +45,20 @@ class WeightedRows(ABC):
         """RRᵀ, computed in `dtype`."""
 
     @abstractmethod
-    def rows(self) -> Tensor:
-        """R itself."""
+    def rows(self, dtype: torch.dtype | None = None) -> Tensor:
+        """R itself, in the precision of the parameters or in `dtype`."""
+
+    def normal_equations(self, y: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """RᵀR and Rᵀy, computed in `dtype`."""
+        R = self.rows(dtype)
+        return symmetric_product(R, R, dtype), None if y is None else R.mT @ y.to(dtype)
 
     def double(self) -> StoredRows | LinearRows | None:
         """The same in float64, in products and Gram matrix alike, where that is cheap."""
         like = self.like
         if float(self.num_rows) ** 2 * num_entries(like) > SMALL:
             return None
-        return StoredRows(self.rows().double(), [x.double() for x in like], self.preimage)
+        return StoredRows(self.rows(torch.float64), [x.double() for x in like], self.preimage)
 
     @property
     @abstractmethod
@@ -101,9 +106,9 @@ class StoredRows(WeightedRows):
         columns = self.matrix.to(dtype).mT
         return symmetric_product(columns, columns, dtype)
 
-    def rows(self) -> Tensor:
+    def rows(self, dtype: torch.dtype | None = None) -> Tensor:
         """See `WeightedRows.rows`."""
-        return self.matrix
+        return self.matrix if dtype is None else self.matrix.to(dtype)
 
     def diagonal(self) -> Vector:
         """See `WeightedRows.diagonal`."""
@@ -210,11 +215,11 @@ class LayerRows(WeightedRows):
         start, inputs = sum(self.sizes[: factor.group]), torch.cat(columns, dim=1)
         return LinearBlock(start, inputs, D.flatten(2), layer.weight_position, layer.bias_position)
 
-    def rows(self) -> Tensor:
+    def rows(self, dtype: torch.dtype | None = None) -> Tensor:
         """See `WeightedRows.rows`."""
         self._require_all()
         params = self.tape.params
-        return self._rows_of(self.factors.factors, range(len(params)), params[0].dtype)
+        return self._rows_of(self.factors.factors, range(len(params)), dtype or params[0].dtype)
 
     def diagonal(self) -> Vector:
         """See `WeightedRows.diagonal`: a matrix product for a linear layer with one place, else from the rows."""
@@ -278,12 +283,19 @@ class LayerRows(WeightedRows):
 
     def _rows_of(self, component: list[Factor], positions: Sequence[int], dtype: torch.dtype) -> Tensor:
         """The rows of these factors in the parameters at these positions."""
-        params = self.tape.params
-        sizes = [params[p].numel() for p in positions]
-        R = torch.zeros(self.num_rows, sum(sizes), dtype=dtype, device=params[0].device)
-        parts = dict(zip(positions, R.split(sizes, dim=1), strict=True))
+        parts: dict[int, list[tuple[int, Tensor]]] = {p: [] for p in positions}
         for factor in component:
             start = sum(self.sizes[: factor.group])
-            for position, rows in factor.layer.rows(self._cotangents(factor)):
-                parts[position][start : start + rows.shape[0] * rows.shape[1]] += rows.flatten(0, 1)
-        return R
+            for position, rows in factor.layer.rows(self._cotangents(factor).to(dtype)):
+                parts[position].append((start, rows.flatten(0, 1)))
+        return torch.cat([self._columns(p, parts[p], dtype) for p in positions], dim=1)
+
+    def _columns(self, position: int, parts: list[tuple[int, Tensor]], dtype: torch.dtype) -> Tensor:
+        """The rows in one parameter, from those of its uses, each from a row on."""
+        if len(parts) == 1 and len(parts[0][1]) == self.num_rows:
+            return parts[0][1].to(dtype)
+        like = self.tape.params[position]
+        total = torch.zeros(self.num_rows, like.numel(), dtype=dtype, device=like.device)
+        for start, rows in parts:
+            total[start : start + len(rows)] += rows
+        return total

@@ -16,7 +16,7 @@ from torchnewton.curvature.jacobian import Jacobian
 from torchnewton.curvature.layer_jacobian import LayerJacobian
 from torchnewton.curvature.operator import LinearOperator
 from torchnewton.record import NotPerSampleError, Tape
-from torchnewton.vectors import Vector, inner_products, is_distributed, symmetric_product
+from torchnewton.vectors import Vector, inner_products, is_distributed
 
 
 class GaussNewton(LinearOperator):
@@ -122,16 +122,17 @@ class GaussNewton(LinearOperator):
             )
         if self._rows is None:
             return dense_from_rows(self.tape, self.jacobian)
-        R = self._rows.rows()
-        return symmetric_product(R, R, torch.float64)
+        return self._rows.normal_equations(None, torch.float64)[0]
 
     def _exact_diagonal(self) -> Vector | None:
         """From the rows by sample: exact for the price of a few products where there are few outputs a sample."""
         return None if self._rows is None else self._rows.diagonal()
 
     def factored(self) -> tuple[WeightedRows, float] | None:
-        """R = B^½J, r rows for each sample, r the rank of its B; None without per-sample rows."""
-        return None if self._rows is None else (self._rows, 0.0)
+        """R = B^½J, r rows for each sample, r the rank of its B; None without per-sample rows, and for DTensors."""
+        if self._rows is None or any(is_distributed(p) for p in self.tape.params):
+            return None
+        return self._rows, 0.0
 
     def to_dense(self) -> Tensor:
         """The matrix in float64, from the rows of J, never by P products; it is kept.

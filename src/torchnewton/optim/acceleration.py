@@ -24,7 +24,7 @@ class GeodesicAcceleration:
     minimization", arXiv 1201.5885, with its constants; B takes the place of the identity for losses other than squares.
     """
 
-    spacing: float = 0.1
+    spacing: float = 0.3
     limit: float = 0.75
 
     def corrected(self, point: Point, velocity: Vector, solve: Callable[[Vector], Vector]) -> Vector:

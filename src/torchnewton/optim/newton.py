@@ -390,7 +390,7 @@ class Newton(Flagship):
     def _search(self, point: Point, gradient: Vector, result: SolveResult, line_search: LineSearch) -> None:
         """Judge the direction, choose a step length, move if it is accepted, adapt λ."""
         report, rule, memory, d = self.report, self.damping, self._memory, result.solution
-        slope = vectors.dot(gradient, d)
+        slope = vectors.dot(gradient, d) if result.slope is None else result.slope
         curved = result.curved(slope)
         if not (slope < 0 or (slope == 0 and curved < 0)):
             report.status = f"no descent direction was found: {result.status.value}"

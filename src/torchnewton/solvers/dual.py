@@ -6,13 +6,14 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol, TypeAlias, runtime_checkable
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from torchnewton.costs import StatesCosts, cholesky_flops
 from torchnewton.solvers.result import Operator, SolveResult, Status
+from torchnewton.solvers.rows import Factored, Rows
 from torchnewton.vectors import Vector, add, norm, zeros_like
 
 _EIGENDECOMPOSITION = 27  # Cholesky factorizations that take as long as one eigendecomposition, by operations
@@ -21,44 +22,6 @@ _Inverse: TypeAlias = Callable[[Tensor], Tensor]  # w ↦ (RRᵀ + σI)⁻¹w
 _REFINEMENTS = 3  # each gains the digits by which a single-precision factorization beats the condition number
 _REFINED = 1e-8  # the residual at which refinement stops
 _GAIN = 1e-2  # what one solve in single precision must leave of a residual: then that much is left after all steps
-
-
-class Rows(Protocol):
-    """R, known by its products and by RRᵀ."""
-
-    @property
-    def num_rows(self) -> int:
-        """n."""
-        ...
-
-    def product(self, v: Sequence[Tensor], /) -> Tensor:
-        """Rv."""
-        ...
-
-    def adjoint(self, w: Tensor, /) -> Vector:
-        """Rᵀw."""
-        ...
-
-    def gram(self, dtype: torch.dtype, /) -> Tensor:
-        """RRᵀ."""
-        ...
-
-    def double(self) -> Rows | None:
-        """R in float64, in products and Gram matrix alike, where that is cheap."""
-        ...
-
-    def preimage(self, b: Sequence[Tensor], /) -> Tensor | None:
-        """y with Rᵀy = b to rounding, where one is known without a solve."""
-        ...
-
-
-@runtime_checkable
-class Factored(Protocol):
-    """An operator that knows A = RᵀR + σI."""
-
-    def factored(self) -> tuple[Rows, float] | None:
-        """(R, σ), or None."""
-        ...
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ class SolveResult:
     `shifted` solves (A + δI)x = b likewise. `flops` counts the operations of dense linear algebra, rows of the
     Jacobian included; products are counted apart, and so are `num_evaluations` runs of the closure. `iterates` are
     earlier iterates x, each with its xᵀAx, among which the objective may choose. `coefficients` are those of x in the
-    few directions of a solver that has such.
+    few directions of a solver that has such. `slope` is −bᵀx where the solver has b with more digits than it was given.
     """
 
     solution: Vector
@@ -59,6 +59,7 @@ class SolveResult:
     num_evaluations: int = 0
     iterates: Sequence[tuple[Vector, float]] = ()
     coefficients: tuple[float, ...] = ()
+    slope: float | None = None
 
     def curved(self, slope: float) -> float:
         """xᵀAx, given −bᵀx: told by the solver, or from the residual b − Ax."""

@@ -152,6 +152,7 @@ class Layer:
     def rows(self, cotangents: Tensor) -> list[tuple[int, Tensor]]:
         """For cotangents D (N × M × shape of a sample of s): each parameter's rows, N × M × its entries."""
         leaves = self._parameters
+        cotangents = cotangents.to(leaves[0].dtype)
 
         def one(x: Tensor, unit: Tensor) -> tuple[Tensor, ...]:
             def output(*parameters: Tensor) -> Tensor:
