@@ -208,7 +208,7 @@ def on_choices(rank: int, size: int) -> Any:
     params = list(model.parameters())
     closure = closure_of(model, *part(make_batch(), rank, size, uneven=True))
     tape, share = record_share(closure, params, tn.DataParallel())
-    return [RegimeChoice(gradients=2.0**k, flops=0.0).is_cheap(tape, share) for k in range(16)]
+    return [RegimeChoice(gradients=2.0**k, flops=0.0).price(tape, share) for k in range(16)]
 
 
 def on_noise(rank: int, size: int) -> Any:

@@ -144,13 +144,13 @@ def test_evidence_is_a_sum_of_bounded_ratios_above_what_is_expected():
 
 def test_trials_come_ever_more_rarely():
     choice = RegimeChoice()
-    state = RegimeState(exact=False, cheap=True, next_trial=40)
+    state = RegimeState(exact=False, price=5.0, next_trial=40)
     assert choice.next(state, 39, False) == (state, False)
     trial, failed = choice.next(state, 40, False)
     assert (trial.exact, trial.trial, trial.next_trial, failed) == (True, 20, 800, False)
     ended, failed = choice.next(choice.judged(choice.judged(trial, -1.0), -1.0), 42, False)
     assert (ended.exact, failed) == (False, True)
-    dear = RegimeState(exact=False, cheap=False, next_trial=40)
+    dear = RegimeState(exact=False, next_trial=40)
     assert choice.next(dear, 40, True) == (dear, False)
 
 

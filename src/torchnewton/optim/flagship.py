@@ -12,6 +12,7 @@ from torchnewton import vectors
 from torchnewton.curvature import KFAC
 from torchnewton.distributed import Alone, DataParallel
 from torchnewton.globalization import Armijo, LineSearch
+from torchnewton.optim.bold import Bold, BoldState
 from torchnewton.optim.glide import Glide, GlideState
 from torchnewton.optim.memory import Remembers, as_memory
 from torchnewton.optim.point import Point, penalty
@@ -90,6 +91,7 @@ class Flagship(Remembers):
         memory["glide"] = as_memory(glide.glided(state, value, *slopes))
         report.regime, report.solver, report.status = "plane", result.method, result.status.value
         report.gradient_equivalents += 1.0
+        memory["work"] += 1.0
         return True
 
     def _take_back(self, point: Point) -> bool:
@@ -128,29 +130,64 @@ class Flagship(Remembers):
     def _solves_again(self, result: SolveResult, same_data: bool) -> bool:
         """Whether a step that goes too far is solved again with λ raised, which turns it, and not shortened.
 
-        So on the data of the last step, where what was factorized serves the next λ, too.
+        So on the data of the last step, where what was factorized serves the next λ, too, and in bold steps.
         """
         free = self.choice is not None and self.line_search == Armijo()
-        return free and same_data and bool(self._memory["regime"]["exact"]) and result.shifted is not None
+        exact = bool(self._memory["regime"]["exact"])
+        return free and exact and (same_data or self._is_bold) and result.shifted is not None
 
-    def _choose_regime(self, point: Point, same_data: bool) -> bool:
-        """Without arguments: the parts of this step; returns whether the last ones were a trial that has failed."""
+    @property
+    def _is_bold(self) -> bool:
+        on: bool = self._memory["bold"]["on"]
+        return on
+
+    def _choose_regime(self, point: Point, same_data: bool) -> str:
+        """Without arguments: the parts of this step; returns why the last ones are to be taken back, or nothing."""
         if self.choice is None:
-            return False
-        memory, choice, failed = self._memory, self.choice, False
-        state = before = RegimeState(**memory["regime"])
+            return ""
+        memory, choice = self._memory, self.choice
+        before = RegimeState(**memory["regime"])
         if before.exact is None:
-            state = choice.first(point.tape, point.share)
-        elif choice.allows_plane(point.tape) and not GlideState(**memory["glide"]).gone:
-            state, failed = choice.next(before, memory["step"], same_data)
+            self._use(choice.first(point.tape, point.share), before)
+            return ""
+        if not choice.allows_plane(point.tape) or GlideState(**memory["glide"]).gone:
+            self._use(before, before)
+            return ""
+        if choice.bold is not None and not same_data:
+            was_bold = self._is_bold
+            if self._choose_bold(choice.bold, point, before):
+                return ""
+            if was_bold:
+                return "steps that trust their batches have raised the loss: taken back"
+        state, failed = choice.next(before, memory["step"], same_data)
+        self._use(state, before)
+        if state.exact and not before.exact and state.trial:
+            self._set_anchor(point.params)
+        return "exact steps, on trial, have fitted their batches alone: taken back" if failed else ""
+
+    def _choose_bold(self, rule: Bold, point: Point, before: RegimeState) -> bool:
+        """Whether this step is bold; after the last bold one, what was before goes on, λ from its start."""
+        memory, old = self._memory, BoldState(**self._memory["bold"])
+        losses = old.losses if before.exact else GlideState(**memory["glide"]).losses
+        state = rule.seen(old, point.value, memory["work"]) if before.exact else old
+        if before.cheap and not old.on and rule.is_due(state, memory["work"], before.price, losses):
+            state = rule.begun(state, losses, bool(before.exact))
+            self._set_anchor(point.params)
+        memory["bold"] = as_memory(state)
+        if old.on and not state.on:
+            memory["damping"] = self.damping.start()
+            self._use(replace(before, exact=old.before, evidence=0.0, trial=0), before)
+        elif state.on:
+            self._use(replace(before, exact=True, evidence=0.0, trial=0), before)
+        return state.on
+
+    def _use(self, state: RegimeState, before: RegimeState) -> None:
+        """The parts of a regime; each has a λ of its own."""
+        memory = self._memory
         self.report.regime = "exact" if state.exact else "plane"
         memory["regime"] = as_memory(state)
         self._use_regime()
         if state.exact != before.exact:
             damping, scale = state.other or (self.damping.start(), None)
-            state = replace(state, other=None if before.exact is None else (memory["damping"], memory["scale"]))
-            memory.update(damping=damping, scale=scale, last=None)
-            if state.trial:
-                self._set_anchor(point.params)
-        memory["regime"] = as_memory(state)
-        return failed
+            other = None if before.exact is None else (memory["damping"], memory["scale"])
+            memory.update(damping=damping, scale=scale, last=None, regime=as_memory(replace(state, other=other)))

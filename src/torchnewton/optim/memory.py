@@ -15,6 +15,7 @@ from torchnewton import vectors
 from torchnewton.curvature import LinearOperator, Shared
 from torchnewton.globalization import Damping, LearnsFromNewData, TrustRegion, Unit
 from torchnewton.optim.acceleration import GeodesicAcceleration
+from torchnewton.optim.bold import BoldState
 from torchnewton.optim.complete_state import as_before, completed
 from torchnewton.optim.glide import GlideState
 from torchnewton.optim.regime import EXACT, PLANE, RegimeChoice, RegimeState
@@ -26,7 +27,7 @@ from torchnewton.vectors import Vector
 Curvature = Callable[[Tape], LinearOperator]
 
 
-def as_memory(state: GlideState | RegimeState) -> dict[str, Any]:
+def as_memory(state: BoldState | GlideState | RegimeState) -> dict[str, Any]:
     """Its fields; they are numbers and tuples, which need no copies: `asdict` took a tenth of a small gliding step."""
     return dict(vars(state))
 
@@ -147,6 +148,8 @@ class Remembers(Optimizer):
             "last": None,
             "glide": as_memory(GlideState()),
             "regime": as_memory(RegimeState()),
+            "bold": as_memory(BoldState()),
+            "work": 0.0,
         }
         found.update(products=False, checked=False, warned=False)
         if self.trust_region is not None:

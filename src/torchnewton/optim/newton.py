@@ -212,8 +212,9 @@ class Newton(Flagship):
         average, gradient = self._averaged(point)
         with self._timed("search"):
             same_data = self._judge_last_step(point)
-        if self._choose_regime(point, same_data) and self._value_at_anchor(point) < point.value:
-            self._return_to_anchor(point.params, "exact steps, on trial, have fitted their batches alone: taken back")
+        to_take_back = self._choose_regime(point, same_data)
+        if to_take_back and self._value_at_anchor(point) < point.value:
+            self._return_to_anchor(point.params, to_take_back)
             return ""
         with self._timed("record"):
             A = self._operator(point, curvature)
@@ -235,6 +236,7 @@ class Newton(Flagship):
         report.gradient_equivalents += 1 + report.loss_evaluations / 3
         report.gradient_equivalents += _fraction_seen(point, curvature) * report.products * A.gradients_per_product
         memory["step"] += 1
+        memory["work"] += memory["regime"]["price"] if memory["regime"]["exact"] else 1.0
         assert result is not None  # `retries` is not negative
         self._prepare_glide(point, result)
         if self.momentum:
@@ -268,7 +270,7 @@ class Newton(Flagship):
         damping, ratio, step_length, predicted, value = last
         if abs(point.value - value) <= 1e-6 * abs(value):
             return True
-        if isinstance(self.damping, LearnsFromNewData):
+        if isinstance(self.damping, LearnsFromNewData) and not self._is_bold:
             before = point.evaluate(directions, -1.0)
             self.report.loss_evaluations += 1
             new_ratio = _ratio(before - point.value, predicted)

@@ -13,10 +13,13 @@ from torchnewton.curvature import DifferenceJacobian, GaussNewton, LinearOperato
 from torchnewton.distributed import Alone
 from torchnewton.globalization import AutoDamping, Damping, LevenbergMarquardt, Unit
 from torchnewton.optim.acceleration import GeodesicAcceleration
+from torchnewton.optim.bold import Bold
 from torchnewton.optim.glide import Glide
 from torchnewton.record import StreamedTape, Tape
 from torchnewton.solvers import Auto, Plane, Solver
 from torchnewton.vectors import is_distributed
+
+CALLS = 1e8  # operations that take as long as what surrounds them in a step of a small network
 
 
 @dataclass(frozen=True)
@@ -56,17 +59,23 @@ PLANE = Regime(
 class RegimeState:
     """What is remembered between steps; replaced, never changed.
 
-    `exact` says which regime the last step was made in, None before the first; `cheap` whether a factorization is.
+    `exact` says which regime the last step was made in, None before the first; `price` how many
+    steps in `PLANE` an exact one costs, infinite where it cannot be had or afforded.
     `evidence` is what the new ratios say for exact steps, `trial` counts the steps of a trial that are left,
     `next_trial` is the number of the step at which one begins. `other` are λ and its unit in the regime not in use.
     """
 
     exact: bool | None = None
-    cheap: bool = False
+    price: float = math.inf
     evidence: float = 0.0
     trial: int = 0
     next_trial: int = 0
     other: tuple[float, float | None] | None = None
+
+    @property
+    def cheap(self) -> bool:
+        """Whether exact steps can be afforded."""
+        return math.isfinite(self.price)
 
 
 @dataclass(frozen=True)
@@ -85,7 +94,8 @@ class RegimeChoice:
     of the new data is lower there. Who passes stays under the same watch, with half of `expected`. (A sequential test
     after Page, Biometrika 41, 1954: noise ends a trial in two to five steps.)
 
-    `glide` makes the cheaper steps between full ones in `PLANE`; None for full steps alone.
+    `glide` makes the cheaper steps between full ones in `PLANE`; None for full steps alone. `bold` tries exact steps
+    that no new ratio ends; None for no such steps.
 
     Always `EXACT` where no Kronecker factors can be made: on a streamed objective (`tn.over`), which keeps no graph,
     and for DTensors. Over several ranks the costs are those of the slowest and of the exchanges, and the Gram matrix is
@@ -100,16 +110,18 @@ class RegimeChoice:
     expected: float = 0.15
     doubt: float = 0.4
     glide: Glide | None = field(default_factory=Glide)
+    bold: Bold | None = field(default_factory=Bold)
 
-    def is_cheap(self, tape: Tape | StreamedTape, share: Alone) -> bool:
-        """Whether `EXACT` can be afforded on this tape; the same on all ranks."""
+    def price(self, tape: Tape | StreamedTape, share: Alone) -> float:
+        """How many steps in `PLANE` one in `EXACT` costs, infinite if too many; the same on all ranks."""
         if not self.allows_plane(tape):
-            return True
+            return 0.0
         A = share.operator(GaussNewton(tape))
         options = Auto().options(A, tape.params)
-        cheapest = min((flops for name, (flops, _) in options.items() if name != "CG"), default=float("inf"))
-        limit = max(self.flops, self.gradients * share.largest(3 * tape.forward_flops))
-        return cheapest <= limit and A.can_factor()
+        cheapest = min((flops for name, (flops, _) in options.items() if name != "CG"), default=math.inf)
+        gradient = share.largest(3 * tape.forward_flops)
+        affordable = cheapest <= max(self.flops, self.gradients * gradient) and A.can_factor()
+        return (cheapest + CALLS) / (gradient + CALLS) if affordable else math.inf
 
     def allows_plane(self, tape: Tape | StreamedTape) -> TypeGuard[Tape]:
         """Whether Kronecker factors can be made of this tape."""
@@ -117,8 +129,8 @@ class RegimeChoice:
 
     def first(self, tape: Tape | StreamedTape, share: Alone) -> RegimeState:
         """For the first step."""
-        cheap = self.is_cheap(tape, share)
-        return RegimeState(exact=not self.allows_plane(tape), cheap=cheap, next_trial=self.first_trial)
+        price = self.price(tape, share)
+        return RegimeState(exact=not self.allows_plane(tape), price=price, next_trial=self.first_trial)
 
     def judged(self, state: RegimeState, new_ratio: float) -> RegimeState:
         """With one more new ratio; one that is not a number says nothing."""
