@@ -53,9 +53,9 @@ class Newton(Flagship):
 
     Where none of curvature, solver, damping, preconditioner and trust_region is given, they come in two sets, and
     `report.regime` says which has made the step. "exact": a factorization of G + λI, Levenberg-Marquardt, while that is
-    cheap and the steps help on the batches that follow, too. "plane" otherwise: Kronecker factors of earlier batches,
-    `KFAC`, turn the gradient; the exact model of this batch is minimized over that direction and the last step,
-    `Plane`; λ in units of the gradient's noise. See `RegimeChoice`.
+    cheap and the steps help on the batches that follow, too, or at least lower their losses in the long run. "plane"
+    otherwise: Kronecker factors of earlier batches, `KFAC`, turn the gradient; the exact model of this batch is
+    minimized over that direction and the last step, `Plane`; λ in units of the gradient's noise. See `RegimeChoice`.
 
     Args:
         params: parameters or parameter groups, as for every torch optimizer.
@@ -71,7 +71,8 @@ class Newton(Flagship):
             sets have their own.
         escape: the way out of a saddle, for a curvature that may be negative, with a `trust_region`; none.
         retries: how often a step that the line search refused is solved again in the same step with λ raised. The
-            first of the two sets does so on its own, instead of shortening, on the data of the last step.
+            first of the two sets does so on its own, instead of shortening, on the data of the last step and where it
+            trusts its batch.
         weight_decay: w, see above; the only option a parameter group may set.
         process_group: the processes over which the samples are spread, or a `DataParallel` that says more; f is then
             the mean over the samples of all, and every process makes the same step. A closure whose model is under
