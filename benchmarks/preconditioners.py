@@ -5,7 +5,8 @@
 One thread; batch 512, float32, λ = 1e-3. Three counts: until the quadratic model has fallen by 90 % and by 99 % of what
 it can, which is what a step gains, and until the residual is 1e-3 of the gradient in the Euclidean norm, which weighs
 directions of large curvature that a good preconditioner takes down. Beside them the part of the fall that the
-preconditioned gradient makes alone, at its best length. The statistics of K-FAC are those of the same batch; Jacobi
+preconditioned gradient makes alone, at its best length, and the least and the largest eigenvalue of the preconditioned
+matrix that 200 iterations find. The statistics of K-FAC are those of the same batch; Jacobi
 takes their diagonal. Written to benchmarks/results/preconditioners.json.
 """
 
@@ -33,6 +34,7 @@ from torchnewton.train.data import load
 ROOT = Path(__file__).parent.parent
 BATCH, STEPS, DAMPING = 512, 100, 1e-3
 MAX_ITERATIONS = 500
+RITZ = 200
 STATISTICS = 20
 
 
@@ -92,6 +94,29 @@ def kfac(tape: tn.Tape, **arguments: Any) -> KFAC:
     return found
 
 
+def extremes(A: Any, b: vectors.Vector, M: Any) -> tuple[float, float]:
+    """The least and the largest Ritz value of MA, from the coefficients of CG."""
+    alphas: list[float] = []
+    betas: list[float] = []
+    r = b
+    z = b if M is None else M @ b
+    p, rz = z, vectors.dot(b, z)
+    for _ in range(RITZ):
+        moved = A @ p
+        alphas.append(rz / vectors.dot(p, moved))
+        r = vectors.add(r, moved, -alphas[-1])
+        z = r if M is None else M @ r
+        rz, before = vectors.dot(r, z), rz
+        betas.append(rz / before)
+        p = vectors.add(z, p, betas[-1])
+    a, beta = torch.tensor(alphas, dtype=torch.float64), torch.tensor(betas, dtype=torch.float64)
+    diagonal = 1 / a
+    diagonal[1:] += beta[:-1] / a[:-1]
+    beside = beta[:-1].sqrt() / a[:-1]
+    values = torch.linalg.eigvalsh(torch.diag(diagonal) + torch.diag(beside, 1) + torch.diag(beside, -1))
+    return float(values[0]), float(values[-1])
+
+
 def compare(name: str, x: Tensor, y: Tensor) -> dict[str, dict[str, float]]:
     model, closure = trained(name, x, y)
     tape = tn.record(closure, list(model.parameters()))
@@ -116,15 +141,18 @@ def compare(name: str, x: Tensor, y: Tensor) -> dict[str, dict[str, float]]:
         "to 99 %": tn.CG(rtol=0.0, max_iterations=MAX_ITERATIONS, stop=Fallen(0.99 * minimum)),
         "to residual 1e-3": tn.CG(rtol=1e-3, max_iterations=MAX_ITERATIONS),
     }
-    print(f"{'':24}{'alone':>8}" + "".join(f"{title:>18}" for title in solvers), flush=True)
+    heads = "".join(f"{title:>18}" for title in solvers)
+    print(f"{'':24}{'alone':>8}{heads}{'least':>12}{'largest':>12}", flush=True)
     found = {}
     for title, make in preconditioners.items():
         M = make()
         d = b if M is None else M @ b
         alone = 0.5 * vectors.dot(b, d) ** 2 / vectors.dot(d, A @ d) / minimum
         counts = {name: cg.solve(A, b, preconditioner=M).num_iterations for name, cg in solvers.items()}
-        found[title] = {"alone": alone, **counts}
-        print(f"{title:24}{alone:8.1%}" + "".join(f"{count:18}" for count in counts.values()), flush=True)
+        least, largest = extremes(A, b, M)
+        found[title] = {"alone": alone, **counts, "least eigenvalue": least, "largest": largest}
+        texts = [f"{count:18}" for count in counts.values()]
+        print(f"{title:24}{alone:8.1%}{''.join(texts)}{least:12.2g}{largest:12.2g}", flush=True)
     return found
 
 

@@ -97,7 +97,7 @@ def _newton(rows: Sequence[Results]) -> Verdict:
 def _preconditioners(cases: Mapping[str, Mapping[str, Mapping[str, float]]]) -> list[Verdict]:
     """One sentence for each rule by which CG stops."""
     verdicts = []
-    for rule in [name for name in next(iter(cases.values()), {}).get("none", {}) if name != "alone"]:
+    for rule in [name for name in next(iter(cases.values()), {}).get("none", {}) if name.startswith("to ")]:
         parts, least = [], float("inf")
         for case, rows in cases.items():
             rivals = [name for name in rows if name.startswith(("K-FAC", "Nyström"))]

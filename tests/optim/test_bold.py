@@ -17,7 +17,7 @@ RULE = Bold(window=4, progress=0.9, patience=1, worse=2.0, share=5.0, growth=4.0
 
 
 def after(losses: list[float], state: BoldState | None = None) -> BoldState:
-    state = state or RULE.begun(BoldState(), [1.0, 1.0], exact=False)
+    state = state or RULE.begun(BoldState(), [1.0, 1.0], exact=False, damping=0.1)
     for loss in losses:
         state = RULE.seen(state, loss, work=100.0)
     return state

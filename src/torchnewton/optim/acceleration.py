@@ -21,7 +21,8 @@ class GeodesicAcceleration:
 
     Cost: two forward passes, one backward pass, and one solve with a factorization that exists already.
     Source: Transtrum and Sethna, "Improvements to the Levenberg-Marquardt algorithm for nonlinear least-squares
-    minimization", arXiv 1201.5885, with its constants; B takes the place of the identity for losses other than squares.
+    minimization", arXiv 1201.5885, with its constants but for `spacing` h, 0.1 there: rounding in float32, ε/h², would
+    count for more than the fourth derivative. B takes the place of the identity for losses other than squares.
     """
 
     spacing: float = 0.3

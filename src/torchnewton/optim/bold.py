@@ -12,13 +12,14 @@ from statistics import fmean
 class BoldState:
     """What is remembered between steps; replaced, never changed.
 
-    `on` says whether steps are bold, `before` whether exact steps were made before them. `losses` are those of the last
+    `on` says whether steps are bold, `before` whether exact steps were made before them, `damping` at which λ. `losses` are those of the last
     exact steps, each before its step. `first` is the mean loss before bold steps began, `best` the lowest mean of a
     window since, `idle` the number of windows since that. `due` is the work from which bold steps are tried again.
     """
 
     on: bool = False
     before: bool = False
+    damping: float = math.nan
     losses: tuple[float, ...] = ()
     first: float = math.inf
     best: float = math.inf
@@ -52,9 +53,9 @@ class Bold:
         enough = max(self.share * self.window * price, state.due)
         return not state.on and work >= enough and 2 * len(losses) >= self.window
 
-    def begun(self, state: BoldState, losses: Sequence[float], exact: bool) -> BoldState:
-        """From the losses of the last steps, exact or not."""
-        return BoldState(on=True, before=exact, first=fmean(losses), due=state.due)
+    def begun(self, state: BoldState, losses: Sequence[float], exact: bool, damping: float) -> BoldState:
+        """From the losses of the last steps, exact or not; `damping` is what λ will be again after bold steps."""
+        return BoldState(on=True, before=exact, damping=damping, first=fmean(losses), due=state.due)
 
     def seen(self, state: BoldState, loss: float, work: float) -> BoldState:
         """With the loss before an exact step; `on` turns False where bold steps are to end."""

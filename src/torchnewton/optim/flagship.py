@@ -16,7 +16,7 @@ from torchnewton.optim.bold import Bold, BoldState
 from torchnewton.optim.glide import Glide, GlideState
 from torchnewton.optim.memory import Remembers, as_memory
 from torchnewton.optim.point import Point, penalty
-from torchnewton.optim.regime import RegimeState
+from torchnewton.optim.regime import EXACT, RegimeState
 from torchnewton.record import BufferSnapshot, Closure, plain_gradient
 from torchnewton.solvers import HeavyBall, SolveResult
 from torchnewton.vectors import Vector
@@ -166,16 +166,17 @@ class Flagship(Remembers):
         return "exact steps, on trial, have fitted their batches alone: taken back" if failed else ""
 
     def _choose_bold(self, rule: Bold, point: Point, before: RegimeState) -> bool:
-        """Whether this step is bold; after the last bold one, what was before goes on, λ from its start."""
+        """Whether this step is bold; after the last bold one, what was before goes on."""
         memory, old = self._memory, BoldState(**self._memory["bold"])
         losses = old.losses if before.exact else GlideState(**memory["glide"]).losses
         state = rule.seen(old, point.value, memory["work"]) if before.exact else old
         if before.cheap and not old.on and rule.is_due(state, memory["work"], before.price, losses):
-            state = rule.begun(state, losses, bool(before.exact))
+            damping = memory["damping"] if before.exact else EXACT.damping.start()
+            state = rule.begun(state, losses, bool(before.exact), damping)
             self._set_anchor(point.params)
         memory["bold"] = as_memory(state)
         if old.on and not state.on:
-            memory["damping"] = self.damping.start()
+            memory["damping"] = old.damping
             self._use(replace(before, exact=old.before, evidence=0.0, trial=0), before)
         elif state.on:
             self._use(replace(before, exact=True, evidence=0.0, trial=0), before)
