@@ -196,7 +196,7 @@ def preconditioners(cases: Mapping[str, Mapping[str, Mapping[str, float]]]) -> s
         "which the preconditioned gradient lowers the model at its best length. The eigenvalues are the extreme ones "
         "of the preconditioned matrix that CG meets. On the autoencoder those of the output layer, I ⊗ R, come 784 "
         "times each: CG needs one iteration for all copies, while no Nyström sketch of fewer than 784 vectors holds "
-        "even the largest. K-FAC has that layer right and is blind to what the layers do together: where they cancel, "
+        "even the largest. K-FAC takes them down, but is blind to what the layers do together: where they cancel, "
         "its preconditioned matrix has eigenvalues far below 1, which the last digits of the residual wait for."
     )
     return f"### Preconditioners\n\n{text}\n\n{table(['network', 'preconditioner', 'alone', *columns], body)}"

@@ -12,9 +12,10 @@ from statistics import fmean
 class BoldState:
     """What is remembered between steps; replaced, never changed.
 
-    `on` says whether steps are bold, `before` whether exact steps were made before them, `damping` at which λ. `losses` are those of the last
-    exact steps, each before its step. `first` is the mean loss before bold steps began, `best` the lowest mean of a
-    window since, `idle` the number of windows since that. `due` is the work from which bold steps are tried again.
+    `on` says whether steps are bold, `before` whether exact steps were made before them, `damping` what λ is to be
+    after them. `losses` are those of the last exact steps, each before its step. `first` is the mean loss before bold
+    steps began, `best` the lowest mean of a window since, `idle` the number of windows since that. `due` is the work
+    from which bold steps are tried again.
     """
 
     on: bool = False
