@@ -121,3 +121,12 @@ def test_a_dual_step_with_a_tiny_damping_is_exact_in_single_precision():
     right = torch.cat([x.flatten() for x in b]).double()
     residual = exact @ flat + 1e-7 * flat - right
     assert residual.norm() <= 1e-4 * right.norm()
+
+
+@pytest.mark.parametrize("make", [tn.GaussNewton, tn.EmpiricalFisher])
+def test_matrices_of_a_float32_network_are_summed_in_float64(make):
+    torch.manual_seed(0)
+    model, x = mlp(3, 4, 1), torch.randn(4000, 3)
+    A = make(tn.record(lambda: F.mse_loss(model(x), x[:, :1]), list(model.parameters())))
+    R = A.factored()[0].rows(torch.float64)
+    assert (A.to_dense() - R.T @ R).norm() <= 1e-12 * R.norm() ** 2

@@ -59,10 +59,10 @@ PLANE = Regime(
 class RegimeState:
     """What is remembered between steps; replaced, never changed.
 
-    `exact` says which regime the last step was made in, None before the first; `price` how many
-    steps in `PLANE` an exact one costs, infinite where it cannot be had or afforded.
-    `evidence` is what the new ratios say for exact steps, `trial` counts the steps of a trial that are left,
-    `next_trial` is the number of the step at which one begins. `other` are λ and its unit in the regime not in use.
+    `exact` says which regime the last step was made in, None before the first; `price` how many steps in `PLANE` an
+    exact one costs, infinite where it cannot be had or afforded. `evidence` is what the new ratios say for exact steps,
+    `trial` counts the steps of a trial that are left, `next_trial` is the number of the step at which one begins.
+    `other` are λ and its unit in the regime not in use.
     """
 
     exact: bool | None = None
