@@ -242,7 +242,7 @@ def stored_like(whole: Tensor, like: Tensor) -> Tensor:
 
 
 def symmetric_product(X: Tensor, Y: Tensor, dtype: torch.dtype) -> Tensor:
-    """XᵀY, known to be symmetric, computed in `dtype`: block columns of the lower triangle, mirrored; 9/16 of the work."""
+    """XᵀY, known to be symmetric, in `dtype`: block columns of the lower triangle, mirrored; 9/16 of the work."""
     X, Y = X.to(dtype), Y.to(dtype)
     size = X.shape[1]
     total = torch.empty(size, size, dtype=dtype, device=X.device)
