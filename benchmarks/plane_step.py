@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import torchnewton as tn
 from benchmarks.cases import Images, lenet, perceptron
 from benchmarks.newton_step import measure_newton_steps
+from benchmarks.plane_by_hand import step_by_hand
 from benchmarks.plane_count import count
 from benchmarks.timing import seconds
 from torchnewton.curvature import KFAC
@@ -64,6 +65,11 @@ def _measure(model: nn.Module, data: Images, batch: int) -> dict[str, Any]:
             return loss_function(model(x), y)
 
         _timed(parts, "gradient", lambda loss=loss: torch.autograd.grad(loss(), params))
+        if step is not None:
+            before, M, last = [p.detach().clone() for p in params], kfac.inverse(DAMPING), list(step)
+            _timed(parts, "by hand", lambda x=x, y=y, M=M, last=last: step_by_hand(model, x, y, M, last, DAMPING))
+            with torch.no_grad():
+                torch._foreach_copy_(params, before)
         step, value = plane_step(loss, params, kfac, step, parts)
         losses.append(value)
     means = {name: total / STEPS for name, total in parts.items()}

@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks import directions
 from benchmarks.cases import CNN, MLP, TRANSFORMER
-from benchmarks.product_tables import PLANE_LIMIT, auto_ratio, newton_cost, step_cost, step_count
+from benchmarks.product_tables import PLANE_LIMIT, auto_ratio, newton_cost, step_by_hand, step_cost
 from benchmarks.suite.criteria import Verdict
 
 Results = Mapping[str, Any]
@@ -80,9 +80,9 @@ def _auto(rows: Sequence[Results]) -> Verdict:
 
 def _plane(rows: Sequence[Results]) -> Verdict:
     costs = {f"{row['network']}, batch {row['batch']}": step_cost(row) for row in rows}
-    counts = {f"{row['network']}, batch {row['batch']}": step_count(row) for row in rows}
-    by_count = {name: "" if found is None else f", by the count {found:.2f}" for name, found in counts.items()}
-    each = "; ".join(f"{name}: {cost:.2f}{by_count[name]}" for name, cost in costs.items())
+    by_hand = {f"{row['network']}, batch {row['batch']}": step_by_hand(row) for row in rows}
+    bare = {name: "" if found is None else f", in bare torch {found:.2f}" for name, found in by_hand.items()}
+    each = "; ".join(f"{name}: {cost:.2f}{bare[name]}" for name, cost in costs.items())
     sentence = f"A full plane step with K-FAC, in gradients, the check of the loss apart: {each}; asked: {PLANE_LIMIT}."
     return Verdict(max(costs.values()) <= PLANE_LIMIT, sentence)
 
