@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from torchnewton.curvature.jacobian import Jacobian
-from torchnewton.record import moved
+from torchnewton.record import UNDEFINED, moved
 from torchnewton.vectors import Vector, norm
 
 
@@ -20,8 +20,8 @@ class DifferenceJacobian(Jacobian):
     `curvature=lambda tape: GaussNewton(tape, DifferenceJacobian(tape))` a step keeps no second graph.
 
     Cost: a product a forward pass, a third of a gradient. Memory: one vector like the parameters.
-    Accuracy: √ε of the dtype, relative to z and its curvature along v. Errors: `RecordError` when the loss has no
-    split.
+    Accuracy: √ε of the dtype, relative to z and its curvature along v; NaN where the closure raises at θ + hv. Errors:
+    `RecordError` when the loss has no split.
     """
 
     @property
@@ -45,6 +45,10 @@ class DifferenceJacobian(Jacobian):
         if size == 0:
             return [torch.zeros_like(z) for z in self.tape.outputs]
         h = torch.finfo(params[0].dtype).eps ** 0.5 * max(1.0, self._size) / size
-        with moved(params, v, h):
-            ahead = self.tape.evaluate_outputs()
-        return [(a - z.detach()) / h for a, z in zip(ahead, self.tape.outputs, strict=True)]
+        try:
+            with moved(params, v, h):
+                ahead = self.tape.evaluate_outputs()
+        except UNDEFINED:
+            return [torch.full_like(z, torch.nan) for z in self.tape.outputs]
+        pairs = zip(ahead, (z.detach() for z in self.tape.outputs), strict=True)
+        return [((a - z) / h).masked_fill_(a == z, 0.0) for a, z in pairs]  # also where both are −∞, as in a mask

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torchnewton import vectors
 from torchnewton.optim.point import Point
-from torchnewton.record import RecordError
+from torchnewton.record import UNDEFINED, RecordError
 from torchnewton.vectors import Vector
 
 
@@ -33,7 +33,7 @@ class GeodesicAcceleration:
         h = self.spacing
         try:
             ahead, behind = point.outputs(velocity, h), point.outputs(velocity, -h)
-        except RecordError:  # the closure takes another course there
+        except (RecordError, *UNDEFINED):  # the closure takes another course there
             return velocity
         second = [
             (a - 2 * z.detach() + b) / h**2 for a, z, b in zip(ahead, point.recorded.outputs, behind, strict=True)

@@ -17,6 +17,19 @@ State = dict[str, Any]
 _BLANK = "blank"  # the names of the entries that stand for none
 
 
+class CompleteState(Optimizer):
+    """An optimizer that `copy.deepcopy` and `pickle` take as a whole; of torch's they take groups and state alone."""
+
+    def __getstate__(self) -> State:
+        return dict(self.__dict__)
+
+
+def first_parameter(optimizer: Optimizer) -> Tensor:
+    """The one whose state holds what belongs to none; a group may be empty."""
+    first: Tensor = next(p for group in optimizer.param_groups for p in group["params"])
+    return first
+
+
 def mark_initialized(optimizer: Optimizer) -> None:
     """Keep `torch.distributed.checkpoint` from calling `step()` without a closure to find out what the state is."""
     for group in optimizer.param_groups:

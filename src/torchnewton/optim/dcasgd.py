@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from torchnewton.optim.complete_state import as_before, completed, mark_initialized
+from torchnewton.optim.complete_state import CompleteState, as_before, completed, first_parameter, mark_initialized
 from torchnewton.optim.evaluation import (
     Calls,
     StepFailedError,
@@ -26,7 +26,7 @@ from torchnewton.record import Closure
 from torchnewton.vectors import Vector
 
 
-class DCASGD(Optimizer):
+class DCASGD(CompleteState):
     """DC-ASGD: w ← w − η(g + λ g⊙g⊙(w − w_bak)), g a worker's gradient at the parameters w_bak it last received.
 
     λ g⊙g⊙(w − w_bak) is a first-order correction of g for the steps that others have made meanwhile, with λ g gᵀ's
@@ -115,7 +115,7 @@ class DCASGD(Optimizer):
         closure, params = needed(closure, self), [p for p, _ in trainable(self)]
         self.report = StepReport()
         calls = Calls(closure, params, self.report)
-        memory = self.state[self.param_groups[0]["params"][0]]
+        memory = self.state[first_parameter(self)]
         turn = memory.setdefault("turn", 0)
         if turn == 0:
             for i in range(self.delay + 1):

@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from torchnewton import vectors
-from torchnewton.optim.complete_state import as_before, completed, mark_initialized
+from torchnewton.optim.complete_state import CompleteState, as_before, completed, mark_initialized
 from torchnewton.optim.evaluation import (
     Calls,
     StepFailedError,
@@ -29,7 +28,7 @@ from torchnewton.vectors import Vector
 Pairs = list[tuple[Tensor, dict[str, Any]]]
 
 
-class EntropySGD(Optimizer):
+class EntropySGD(CompleteState):
     """Entropy-SGD: x ← x − η(x − μ), μ the mean of L Langevin steps around x; wide valleys are preferred.
 
     The chain starts at x' = μ = x; each step draws a fresh batch, so **the closure is called L times a step and has to

@@ -17,7 +17,7 @@ from torchnewton.optim.glide import Glide, GlideState
 from torchnewton.optim.memory import Remembers, as_memory
 from torchnewton.optim.point import Point, penalty
 from torchnewton.optim.regime import EXACT, RegimeState
-from torchnewton.record import BufferSnapshot, Closure, plain_gradient
+from torchnewton.record import UNDEFINED, BufferSnapshot, Closure, plain_gradient
 from torchnewton.solvers import HeavyBall, SolveResult
 from torchnewton.vectors import Vector
 
@@ -46,6 +46,9 @@ class Flagship(Remembers):
             if not self._glide(solver, params, gradient, value):
                 buffers.restore()
                 return None
+        except UNDEFINED:
+            buffers.restore()
+            return None
         except BaseException:
             buffers.restore()
             raise
@@ -107,6 +110,15 @@ class Flagship(Remembers):
             self._return_to_anchor(point.params, status)
             self.report.gradient_equivalents += 4 / 3
         return failed
+
+    def _has_left_domain(self, params: list[Tensor]) -> bool:
+        """Back to where steps that were not tested began, which have led to a point where the closure raises."""
+        memory, glide, state = self._memory, self._gliding, GlideState(**self._memory["glide"])
+        if glide is None or not state.gone:
+            return False
+        memory["glide"] = as_memory(glide.taken_back(state))
+        self._return_to_anchor(params, "")
+        return True
 
     def _value_at_anchor(self, point: Point) -> float:
         """The objective there, on the data of this step."""
@@ -181,6 +193,19 @@ class Flagship(Remembers):
         elif state.on:
             self._use(replace(before, exact=True, evidence=0.0, trial=0), before)
         return state.on
+
+    def _has_other_regime(self, point: Point) -> bool:
+        """Whether this step is exact and need not be."""
+        chosen = self.choice is not None and self.choice.allows_plane(point.tape)
+        return chosen and bool(self._memory["regime"]["exact"])
+
+    def _without_exact_steps(self, point: Point, error: BaseException) -> Any:
+        """After an exact step that the closure does not allow, and that was undone: there will be no other."""
+        before = RegimeState(**self._memory["regime"])
+        self._use(replace(before, exact=False, price=math.inf, evidence=0.0, trial=0), before)
+        self.report.accepted = False
+        self.report.status = f"rejected: no exact step can be made, the next will be in the plane: {error}"
+        return point.returned
 
     def _use(self, state: RegimeState, before: RegimeState) -> None:
         """The parts of a regime; each has a λ of its own."""

@@ -56,7 +56,7 @@ class Glide:
     first: int = 15
     patience: int = 3
     memory: int = 5
-    most: float = 0.9
+    most: float = 0.8
     alarm: float = 1.3
     tolerance: float = 0.2
     balance: float = 0.2

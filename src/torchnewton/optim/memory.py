@@ -9,14 +9,13 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from torchnewton import vectors
 from torchnewton.curvature import LinearOperator, Shared
 from torchnewton.globalization import Damping, LearnsFromNewData, TrustRegion, Unit
 from torchnewton.optim.acceleration import GeodesicAcceleration
 from torchnewton.optim.bold import BoldState
-from torchnewton.optim.complete_state import as_before, completed
+from torchnewton.optim.complete_state import CompleteState, as_before, completed, first_parameter
 from torchnewton.optim.glide import GlideState
 from torchnewton.optim.regime import EXACT, PLANE, RegimeChoice, RegimeState
 from torchnewton.optim.report import StepReport
@@ -55,7 +54,7 @@ class Preconditioner(Protocol):
         ...
 
 
-class Remembers(Optimizer):
+class Remembers(CompleteState):
     """The parts a step is made of, and the memory of `Newton`: numbers with the first parameter, vectors with each."""
 
     curvature: Curvature
@@ -68,6 +67,7 @@ class Remembers(Optimizer):
     choice: RegimeChoice | None
     report: StepReport
     _running: Preconditioner | None
+    _untaught: dict[str, Any]  # the state of `_running` before the first step
 
     def state_dict(self) -> dict[str, Any]:
         """See `torch.optim.Optimizer.state_dict`; that of the preconditioner is in it.
@@ -119,6 +119,20 @@ class Remembers(Optimizer):
             for p, x in zip(params, d, strict=True):
                 self.state[p]["last_step"] = x * step_length
 
+    def _notice(self, params: Iterable[Tensor]) -> None:
+        """Where other parameters are trained than in the last step, forget what was learned of those."""
+        places = {p: i for i, p in enumerate(p for group in self.param_groups for p in group["params"])}
+        trained, memory = tuple(places[p] for p in params), self._memory
+        if memory["trained"] not in (None, trained):
+            for state in self.state.values():
+                for name in ("anchor", "last_step"):
+                    state.pop(name, None)
+            if self._running is not None:
+                self._running.load_state_dict(self._untaught)
+            kept = ("checked", "warned") if self.choice is not None else tuple(memory.keys() - {"last"})
+            memory.update({name: value for name, value in self._first_memory().items() if name not in kept})
+        memory["trained"] = trained
+
     def _set_anchor(self, params: Iterable[Tensor]) -> None:
         """Where the next steps may be taken back to."""
         for p in params:
@@ -133,7 +147,7 @@ class Remembers(Optimizer):
     @property
     def _memory(self) -> dict[str, Any]:
         """What the optimizer remembers between steps; kept, as in `torch.optim.LBFGS`, with the first parameter."""
-        state: dict[str, Any] = self.state[self.param_groups[0]["params"][0]]
+        state: dict[str, Any] = self.state[first_parameter(self)]
         if "damping" not in state:
             state.update(self._first_memory())
         return state
@@ -146,6 +160,7 @@ class Remembers(Optimizer):
             "damping": self.damping.start(),
             "scale": scale,
             "last": None,
+            "trained": None,
             "glide": as_memory(GlideState()),
             "regime": as_memory(RegimeState()),
             "bold": as_memory(BoldState()),

@@ -24,6 +24,7 @@ from torchnewton.optim.point import Point
 from torchnewton.optim.regime import RegimeChoice, RegimeState
 from torchnewton.optim.report import StepReport
 from torchnewton.record import (
+    UNDEFINED,
     BufferSnapshot,
     Closure,
     Objective,
@@ -126,12 +127,16 @@ class Newton(Flagship):
         self.momentum = momentum
         self.preconditioner = preconditioner
         self._running: Preconditioner | None = preconditioner if self.choice is None else KFAC()
+        self._untaught = {} if self._running is None else self._running.state_dict()
         self.acceleration = acceleration
         self.retries = retries
         self._buffers: BufferSnapshot | None = None
         self.data_parallel = DataParallel.of(process_group)
         self.report = StepReport()
         mark_initialized(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_buffers": None}  # which would bring the modules along
 
     @property
     def radius(self) -> float:
@@ -165,13 +170,19 @@ class Newton(Flagship):
         if self.trust_region is not None:
             self.report.radius = self.radius
         params, decays = [p for p, _ in pairs], [w for _, w in pairs]
+        self._notice(params)
         if curvature is None and self.data_parallel is None:
             glided = self._glided(closure, params, decays)
             if glided is not None:
                 return glided[0]
         with self._timed("record"):
             create_graph = self._memory["products"] and curvature is None
-            point = Point(closure, params, decays, create_graph=create_graph, parallel=self.data_parallel)
+            try:
+                point = Point(closure, params, decays, create_graph=create_graph, parallel=self.data_parallel)
+            except UNDEFINED:
+                if not self._has_left_domain(params):
+                    raise
+                point = Point(closure, params, decays, create_graph=create_graph, parallel=self.data_parallel)
         self.data_parallel = point.share.parallel
         saved = {p: dict(self.state[p]) for group in self.param_groups for p in group["params"] if p in self.state}
         running = None if self._running is None else self._running.state_dict()
@@ -179,18 +190,24 @@ class Newton(Flagship):
             with point.share.agreeing():
                 self._check_repeatable(point)
                 failure = self._advance(point, curvature)
-        except BaseException:
+        except BaseException as error:
+            can_go_on = isinstance(error, RecordError) and self._has_other_regime(point)
             self._undo(point, saved, running)
-            raise
+            if not can_go_on:
+                raise
+            return self._without_exact_steps(point, error)
         finally:
             self.report.bytes_communicated, self.report.messages = point.share.spent()
         if failure:
+            chosen = {name: self._memory[name] for name in ("regime", "damping", "scale")}
             self._undo(point, saved, running)
+            if self.choice is not None and self._memory["regime"]["exact"] is None:
+                self._memory.update(chosen)  # the parts of the first step: λ is raised from theirs
+                self._use_regime()
             self._reject(failure)
         else:
             point.settle()
-        returned = point.tape.returned
-        return returned.detach() if isinstance(returned, Tensor) else returned
+        return point.returned
 
     def _advance(self, point: Point, curvature: Closure | None) -> str:
         """Solve and search; returns why the step must be rejected, or nothing."""

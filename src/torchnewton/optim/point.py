@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
 from torchnewton import vectors
 from torchnewton.distributed import DataParallel, record_share
-from torchnewton.record import BufferSnapshot, Closure, RecordError, StreamedTape, Tape
+from torchnewton.record import UNDEFINED, BufferSnapshot, Closure, RecordError, StreamedTape, Tape
 from torchnewton.vectors import Vector
 
 
@@ -78,9 +80,22 @@ class Point:
         return self.share.total(self.tape.evaluate)
 
     def evaluate(self, direction: Sequence[Tensor], step_length: float) -> float:
-        """F(θ + αd)."""
+        """F(θ + αd), infinite where the closure finds that it is not defined there (`UNDEFINED`)."""
+
+        def value() -> float:
+            try:
+                return self.tape.evaluate()
+            except UNDEFINED:
+                return math.inf
+
         with self.share.moved(self.params, direction, step_length):
-            return self.replayed() + self._penalty()
+            return self.share.total(value) + self._penalty()
+
+    @property
+    def returned(self) -> Any:
+        """What the closure returned, detached."""
+        value = self.tape.returned
+        return value.detach() if isinstance(value, Tensor) else value
 
     def outputs(self, direction: Sequence[Tensor], step_length: float) -> list[Tensor]:
         """The outputs z at θ + αd."""

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from torchnewton import vectors
 from torchnewton.distributed import Workers, find_workers
+from torchnewton.optim.complete_state import CompleteState, first_parameter
 from torchnewton.optim.evaluation import (
     Calls,
     StepFailedError,
@@ -34,7 +34,7 @@ Pairs = list[tuple[Tensor, dict[str, Any]]]
 REASONS = ("", "the loss is not finite", "the gradient is not finite", "its local steps left the finite numbers")
 
 
-class WorkerSecant(Optimizer):
+class WorkerSecant(CompleteState):
     """Local steps on m workers, then one Newton-Raphson step: θ ← θ̄ − S c − η(ḡ − Y c).
 
     A round, which is one `step(closure)`: each worker i starts at θ, takes `local_steps` gradient steps of rate η on
@@ -200,7 +200,7 @@ class WorkerSecant(Optimizer):
 
     @property
     def _memory(self) -> dict[str, Any]:
-        state: dict[str, Any] = self.state[self.param_groups[0]["params"][0]]
+        state: dict[str, Any] = self.state[first_parameter(self)]
         return state
 
 

@@ -1,6 +1,6 @@
 """Closure → tape: what a run of the user's unchanged closure tells."""
 
-from torchnewton.record.errors import RecordError
+from torchnewton.record.errors import UNDEFINED, RecordError
 from torchnewton.record.over import Objective, Progress, Weights, over
 from torchnewton.record.plain import plain_gradient
 from torchnewton.record.recorder import LayerCall, outputs
@@ -11,6 +11,7 @@ from torchnewton.record.tape import Tape, record
 from torchnewton.record.term import Piece, Term, warn_about_rest
 
 __all__ = [
+    "UNDEFINED",
     "BufferSnapshot",
     "Closure",
     "LayerCall",

@@ -76,17 +76,19 @@ def filled(found: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tenso
     return [torch.zeros_like(t) if g is None else g for g, t in zip(found, like, strict=True)]
 
 
-def refuse_reentrant(loss: Edge) -> bool:
-    """Raise for reentrant checkpoints, which hide parameters; else whether custom functions are in the graph."""
-    custom = False
+def inspected(loss: Edge) -> tuple[bool, list[Tensor]]:
+    """Whether custom functions are in the graph, and its leaves; raises for reentrant checkpoints, which hide some."""
+    custom, leaves = False, []
     for node, _ in walk([loss]):
+        if (leaf := getattr(node, "variable", None)) is not None:
+            leaves.append(leaf)
         if node.name() == "CheckpointFunctionBackward":
             raise RecordError(
                 "reentrant checkpointing hides parameters from a second derivative: call "
                 "torch.utils.checkpoint.checkpoint(..., use_reentrant=False)."
             )
         custom = custom or isinstance(node, torch.autograd.function.BackwardCFunction)
-    return custom
+    return custom, leaves
 
 
 def refuse_once_differentiable(tensors: Iterable[Tensor]) -> None:

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_
 from torchnewton.record.batch_norm import BatchNormCall
 from torchnewton.record.convolution import CONVOLUTIONS, ConvolutionCall
 from torchnewton.record.errors import RecordError
-from torchnewton.record.graph import Edge, edge_of
+from torchnewton.record.graph import Edge, edge_of, grad
 from torchnewton.record.known_values import KnownCall
 from torchnewton.record.linear import LinearCall
 from torchnewton.record.losses import ACTIVATIONS, LOSSES, Function, divisor, reduction, split_inputs
@@ -25,6 +25,7 @@ from torchnewton.record.normalization import LayerNormCall
 from torchnewton.record.term import Candidate, Term
 
 _BACKWARD = {Tensor.backward, torch.autograd.backward}
+_IS_LIVE, _GRADIENT = (getattr(Tensor, name).__get__ for name in ("requires_grad", "grad"))
 _EMBEDDINGS = {F.embedding, F.embedding_bag}
 _RECURRENT = {torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu}
 _KNOWN: Mapping[Function, type[BatchNormCall | ConvolutionCall | LayerNormCall | LinearCall]] = {
@@ -123,6 +124,23 @@ class Watcher(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.backward_values: list[Tensor] = []
+        self._live: dict[int, Tensor | None] = {}
+
+    def pretend(self, params: Sequence[Tensor], gradient: Sequence[Tensor] | None) -> None:
+        """Let a closure that asks see live parameters, and `gradient` (else zeros) after it has called `backward`.
+
+        For runs in which the parameters are constants and nothing is differentiated.
+        """
+        found = [None] * len(params) if gradient is None else gradient
+        self._live = {id(p): g for p, g in zip(params, found, strict=True) if p.requires_grad}
+
+    def _pretended(self, func: Function, p: Tensor) -> Any:
+        if func == _IS_LIVE:
+            return True
+        if p.grad is None and self.backward_values:
+            known = self._live[id(p)]
+            p.grad = torch.zeros_like(p) if known is None else known.detach().clone()
+        return p.grad
 
     def __torch_function__(
         self, func: Function, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -135,6 +153,8 @@ class Watcher(TorchFunctionMode):
                 self.backward_values.append((loss.detach() * weight).sum())
                 self.on_backward(loss, weight)
             return None
+        if func in (_IS_LIVE, _GRADIENT) and id(args[0]) in self._live:
+            return self._pretended(func, args[0])
         if func in _RECURRENT:  # cuDNN's recurrent kernels have no second derivative
             with torch.backends.cudnn.flags(enabled=False):
                 return self.on_call(func, args, kwargs)
@@ -184,6 +204,7 @@ class Recorder(Watcher):
         self.known_calls: list[KnownCall] = []
         self.sizes: dict[Edge, torch.Size] = {}
         self.terms: list[Term] = []
+        self.others: list[Tensor] = []
         self.differentiates_parameters = False
         self.places: dict[Edge, Place] = {}
         self._ids = {id(p) for p in params}
@@ -192,9 +213,16 @@ class Recorder(Watcher):
         self._activations: dict[Node, tuple[Function, Tensor]] = {}
 
     def on_backward(self, loss: Tensor, weight: Tensor) -> None:
-        """Differentiate at once, since the closure may read `param.grad` next."""
+        """Differentiate at once, since the closure may read `param.grad` next.
+
+        Other leaves, as of another optimizer, get their gradients as from `backward`, too.
+        """
         term = self.add_term(loss, weight)
-        for p, g in zip(self.params, term.gradient, strict=True):
+        others = [leaf for leaf in term.leaves if id(leaf) not in self._ids]
+        known = {id(leaf) for leaf in self.others}
+        self.others += [leaf for leaf in others if id(leaf) not in known]
+        gradient = [*term.gradient, *grad([edge_of(loss)], others, [weight])]
+        for p, g in zip([*self.params, *others], gradient, strict=True):
             if g is not None:
                 p.grad = g.detach().clone() if p.grad is None else p.grad + g.detach()
 

@@ -130,16 +130,17 @@ class BufferSnapshot:
 
 
 @contextmanager
-def scratch_buffers(needed: bool = True) -> Iterator[None]:
-    """Let modules called inside work on copies of their buffers.
+def scratch_buffers(before: BufferSnapshot | None = None) -> Iterator[None]:
+    """Let modules called inside work on copies of their buffers, with the values of `before` where it has them.
 
     The buffers themselves are not written to: a recorded graph may need them as they are. So DistributedDataParallel,
     which would copy those of rank 0 into them before every forward pass, leaves that out. Where the recorded run has
-    met none, they are not `needed`, and looking for them costs a call a module.
+    met none, `before` is empty, and nobody looks for them, which would cost a call a module.
     """
     originals: Buffers = {}
     synchronized: list[DistributedDataParallel] = []
-    if not needed:
+    values = {} if before is None else {(module, name): value for module, name, _, value in before.saved}
+    if before is not None and not values:
         yield
         return
 
@@ -150,7 +151,7 @@ def scratch_buffers(needed: bool = True) -> Iterator[None]:
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 originals[module, name] = buffer
-                module._buffers[name] = buffer.detach().clone()
+                module._buffers[name] = values.get((module, name), buffer).detach().clone()
 
     try:
         with on_first_call(swap):

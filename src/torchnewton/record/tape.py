@@ -33,7 +33,8 @@ class Tape:
     """What one run of a closure leaves: the loss, its gradient, and where the loss splits into ℓ(z).
 
     The objective is a sum of `terms`, one for each `backward` call of the closure, or the returned loss alone. The
-    tape keeps the graph alive: drop it when the step is done.
+    tape keeps the graph alive: drop it when the step is done. `others` are leaves beside `params` whose gradients a
+    `backward` call of the closure has filled.
     """
 
     closure: Closure
@@ -48,6 +49,7 @@ class Tape:
     random_state: RandomState | None
     buffers: BufferSnapshot
     differentiates_parameters: bool
+    others: list[Tensor]
 
     @cached_property
     def loss(self) -> Tensor:
@@ -112,8 +114,8 @@ class Tape:
 
     def evaluate(self) -> float:
         """f at the parameters' present values, on the same random numbers, leaving no trace."""
-        has_buffers = bool(self.buffers.saved)
-        return evaluated(self.closure, self.params, self.differentiates_parameters, self.random_state, has_buffers)
+        watcher = Watcher()
+        return _value(watcher, self._replay(watcher))
 
     def evaluate_outputs(self) -> list[Tensor]:
         """The outputs z at the parameters' present values, likewise."""
@@ -135,7 +137,7 @@ class Tape:
         try:
             self._replay(replay)
             return self._counterparts(replay), replay
-        except (RuntimeError, ValueError, IndexError, TypeError) as error:
+        except Exception as error:  # of any kind: vmap shows functions shapes that they may not expect
             raise NotPerSampleError(str(error).split("\n")[0]) from error
 
     def _counterparts(self, replay: PerSample) -> list[Tensor]:
@@ -148,14 +150,9 @@ class Tape:
         return [again[edge] for term in self.terms for edge in term.edges]
 
     def _replay(self, watcher: Watcher) -> Any:
-        return _replayed(
-            watcher,
-            self.closure,
-            self.params,
-            self.differentiates_parameters,
-            self.random_state,
-            bool(self.buffers.saved),
-        )
+        watcher.pretend(self.params, self.__dict__.get("gradient"))
+        with same_random_numbers(self.random_state, [p.device for p in self.params]), kept_gradients(self.others):
+            return _replayed(watcher, self.closure, self.params, self.differentiates_parameters, self.buffers)
 
 
 def _replayed(
@@ -163,17 +160,15 @@ def _replayed(
     closure: Closure,
     params: Sequence[Tensor],
     differentiates_parameters: bool,
-    random_state: RandomState | None,
-    has_buffers: bool = True,
+    before: BufferSnapshot | None = None,
 ) -> Any:
-    """Run the closure under `watcher`; buffers, gradients and random state are put back."""
+    """Run the closure under `watcher` from the buffers `before`; buffers and gradients are put back."""
     still = kept_gradients if differentiates_parameters else without_graph
     with (
         warnings.catch_warnings(),
         torch.enable_grad(),
         still(params),
-        same_random_numbers(random_state, [p.device for p in params]),
-        scratch_buffers(has_buffers),
+        scratch_buffers(before),
         differentiable_kernels(),
         watcher,
     ):
@@ -181,27 +176,27 @@ def _replayed(
         return closure()
 
 
-def evaluated(
-    closure: Closure,
-    params: Sequence[Tensor],
-    differentiates_parameters: bool,
-    random_state: RandomState | None = None,
-    has_buffers: bool = True,
-) -> float:
-    """The objective of a closure, leaving no trace."""
-    watcher = Watcher()
-    returned = _replayed(watcher, closure, params, differentiates_parameters, random_state, has_buffers)
+def _value(watcher: Watcher, returned: Any) -> float:
+    """The objective of a run."""
     if watcher.backward_values:
         return float(torch.stack(watcher.backward_values).sum())
     return float(returned.detach() if isinstance(returned, Tensor) else returned)
+
+
+def evaluated(closure: Closure, params: Sequence[Tensor], differentiates_parameters: bool) -> float:
+    """The objective of a closure on new random numbers, leaving no other trace."""
+    watcher = Watcher()
+    watcher.pretend(params, None)
+    return _value(watcher, _replayed(watcher, closure, params, differentiates_parameters))
 
 
 def record(closure: Closure, params: Sequence[Tensor], *, create_graph: bool = True) -> Tape:
     """Run `closure` once, unchanged, and keep what Newton-type methods need.
 
     The closure returns the scalar loss f. It may call `zero_grad()` and `backward()`; then `param.grad` is filled as
-    `backward` would, and several `backward` calls add up to the objective. Parameters are `params`, nothing else is
-    differentiated.
+    `backward` would, and several `backward` calls add up to the objective. Parameters are `params`; other leaves of
+    the graph get their gradients from `backward`, no more, which costs another backward pass: set
+    `requires_grad_(False)` for those that nobody trains.
 
     With `create_graph` the backward pass keeps its own graph, so that the first curvature product costs no more than
     the others; without it the first product pays for one more backward pass.
@@ -212,6 +207,11 @@ def record(closure: Closure, params: Sequence[Tensor], *, create_graph: bool = T
     pass. A loss without a split is recorded: only a Gauss-Newton matrix of it raises.
     """
     params = list(params)
+    if any(p.is_complex() for p in params):
+        raise RecordError(
+            "a parameter is complex, which no method here supports: keep it as real numbers and make it complex inside "
+            "of the model, as torch.view_as_complex(p)."
+        )
     recorder = Recorder(params, create_graph)
     buffers = BufferSnapshot()
     random_state = RandomState([p.device for p in params])
@@ -238,6 +238,7 @@ def record(closure: Closure, params: Sequence[Tensor], *, create_graph: bool = T
         random_state=None if random_state.is_current() else random_state,
         buffers=buffers,
         differentiates_parameters=recorder.differentiates_parameters,
+        others=recorder.others,
     )
 
 

@@ -17,9 +17,9 @@ from torchnewton.record.graph import (
     edge_of,
     filled,
     grad,
+    inspected,
     reaches,
     refuse_once_differentiable,
-    refuse_reentrant,
     walk,
 )
 from torchnewton.record.known_values import KnownCall, at_known_values
@@ -114,7 +114,7 @@ class Term:
         self.value = (loss.detach() * weight).sum()
         start = edge_of(loss)
         self._start, self._weight = start, weight.detach()
-        self._custom = refuse_reentrant(start)
+        self._custom, self.leaves = inspected(start)
         self.pieces, self.rest = _pieces(loss, weight, candidates, marked, self.params)
         places = {edge: z for piece in self.pieces for edge, z in zip(piece.edges, piece.outputs, strict=True)}
         self.edges, self.outputs = list(places), list(places.values())
