@@ -20,7 +20,7 @@ from torchnewton.record.errors import RecordError
 from torchnewton.record.graph import Edge, edge_of
 from torchnewton.record.known_values import KnownCall
 from torchnewton.record.linear import LinearCall
-from torchnewton.record.losses import ACTIVATIONS, LOSSES, Function, divisor, reduction, split_inputs
+from torchnewton.record.losses import ACTIVATIONS, LOSSES, Function, divisor, is_guard, reduction, split_inputs
 from torchnewton.record.normalization import LayerNormCall
 from torchnewton.record.term import Candidate, Term
 
@@ -236,6 +236,8 @@ class Recorder(Watcher):
                 self._place(Candidate.of(func.__name__, inputs, output, *how), self.candidates)
         elif func in ACTIVATIONS and output.grad_fn is not None:
             self._activations[output.grad_fn] = (func, args[0] if args else kwargs["input"])
+        elif output.grad_fn is not None and is_guard(func, args) and args[0].grad_fn in self._activations:
+            self._activations[output.grad_fn] = self._activations[args[0].grad_fn]
         elif self._uses_parameter(args, kwargs):
             tensors = (*tensors_in(args), *tensors_in(kwargs))
             used = tuple(t for t in tensors if id(t) in self._ids)
