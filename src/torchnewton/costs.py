@@ -33,6 +33,10 @@ class Costs:
             dense_overhead=self.dense_overhead + other.dense_overhead,
         )
 
+    def without_gram(self) -> Costs:
+        """Those of an operator that has no R."""
+        return Costs(self.product, self.setup, self.dense, dense_overhead=self.dense_overhead)
+
     @property
     def dense_flops(self) -> float:
         """The arithmetic of the dense matrix alone."""

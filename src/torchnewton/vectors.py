@@ -133,10 +133,17 @@ def _agreed(number: Tensor) -> float:
 
 
 def dot(x: Sequence[Tensor], y: Sequence[Tensor]) -> float:
-    """⟨x, y⟩, summed over all tensors (0 for empty lists)."""
+    """⟨x, y⟩, summed over all tensors (0 for empty lists), also where it is beyond the numbers of their precision."""
     if not x:
         return 0.0
-    return _agreed(torch.stack(_dots(x, y)).sum())
+    found, limits = _agreed(torch.stack(_dots(x, y)).sum()), torch.finfo(x[0].dtype)
+    if limits.tiny / limits.eps <= abs(found) < math.inf or not num_entries(x):
+        return found
+    a = max_abs(x)
+    b = a if x is y else max_abs(y)
+    if not (0 < a < math.inf and 0 < b < math.inf):
+        return found
+    return a * b * _agreed(torch.stack(_dots([u / a for u in x], [v / b for v in y])).sum())
 
 
 def inner_products(D: Sequence[Sequence[Tensor]], E: Sequence[Sequence[Tensor]]) -> Tensor:

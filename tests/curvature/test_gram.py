@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -171,3 +172,60 @@ def test_auto_falls_back_to_cg_where_samples_are_mixed():
     result = tn.Auto().solve(A + 0.1, tape.descent)
     assert result.method.startswith("CG")
     assert "mixes samples" in result.method
+
+
+DERIVED = {
+    "G + 0": (lambda G, tape: G + 0.0, "CG"),
+    "G - 0.1": (lambda G, tape: G - 0.1, "CG"),
+    "2G + 0.1": (lambda G, tape: 2.0 * G + 0.1, "dual"),
+    "2(G + 0.1)": (lambda G, tape: 2 * (G + 0.1), "dual"),
+    "(-1)(-G) + 0.1": (lambda G, tape: -1.0 * -G + 0.1, "CG"),
+    "3F + 0.1": (lambda G, tape: 3 * tn.EmpiricalFisher(tape) + 0.1, "dual"),
+    "halves": (lambda G, tape: tn.Halves(G, tape) + 0.1, "dual"),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, DOUBLE])
+@pytest.mark.parametrize("name", DERIVED)
+def test_auto_takes_the_dual_system_only_where_there_is_one(name, dtype):
+    tape = network((30, 40, 30, 2), 6, dtype)
+    derived, way = DERIVED[name]
+    A = derived(tn.GaussNewton(tape), tape)
+    result = tn.Auto().solve(A, tape.descent)
+    assert result.method.startswith(way)
+    left = flat(tape.descent) - (A @ flat(result.solution)).to(DOUBLE)
+    assert left.norm() <= (1e-4 if way == "dual" else 0.1) * flat(tape.descent).norm()
+
+
+def test_auto_takes_the_next_best_where_no_rows_are_known():
+    class Unfactored(tn.GaussNewton):
+        def costs(self, num_products=1):
+            return replace(super().costs(num_products), product=1e9, dense=1e3)
+
+        def factored(self):
+            return None
+
+    tape = network((30, 40, 2), 6)
+    A = Unfactored(tape) + 0.1
+    assert min(options := tn.Auto().options(A, tape.descent), key=lambda name: options[name][0]) == "dual"
+    assert tn.Auto().solve(A, tape.descent).method.startswith("direct")
+
+
+@pytest.mark.parametrize("way", ["rows", "right-hand side", "products"])
+def test_the_rows_of_a_multiple(way):
+    tape = network((5, 6, 3), 4, DOUBLE)
+    A = 3.0 * (tn.GaussNewton(tape) + 0.1)
+    R, shift = A.factored()
+    assert shift == pytest.approx(0.3)
+    if way == "rows":
+        matrix, rhs = R.normal_equations(R.preimage(tape.descent), DOUBLE)
+        assert_close(matrix + shift * torch.eye(len(matrix), dtype=DOUBLE), A.to_dense())
+        assert_close(rhs, flat(tape.descent))
+        assert_close(R.double().gram(DOUBLE), R.gram(DOUBLE))
+        assert_close(R.gram(DOUBLE).trace(), matrix.trace())
+    elif way == "right-hand side":
+        assert_close(flat(R.adjoint(R.preimage(tape.descent))), flat(tape.descent))
+    else:
+        v = [torch.ones_like(p) for p in tape.params]
+        assert_close(flat(R.adjoint(R.product(v))) + shift, A @ flat(v))
+    assert (-1.0 * A).factored() is None

@@ -48,6 +48,49 @@ def test_outputs_are_the_inputs_of_the_losses(net):
     assert_close(z, net(X))
 
 
+CONVEX_BEHIND = {
+    "log-of-softmax": lambda z: F.nll_loss(z.softmax(1).log(), Y),
+    "guarded-log": lambda z: F.nll_loss(torch.log(1e-12 + F.softmax(z, 1)), Y),
+    "clamped": lambda z: F.nll_loss(z.softmax(1).clamp(min=0.2).log(), Y),
+    "views": lambda z: F.nll_loss(z.log_softmax(1).t().reshape(3, 6).T[1:].to(torch.float32), Y[1:]),
+    "clamped-sigmoid": lambda z: F.binary_cross_entropy(torch.sigmoid(z).clamp(0.4, 0.6), F.one_hot(Y, 3).double()),
+}
+ELSEWHERE = {
+    "smoothed": lambda z: F.nll_loss(torch.log(0.5 * F.softmax(5 * z, 1) + 0.125), Y),
+    "large-guard": lambda z: F.nll_loss(torch.log(F.softmax(9 * z, 1) + 1e-3), Y),
+    "mixture": lambda z: F.nll_loss(torch.log(torch.stack([z, -z]).softmax(2).mean(0)), Y),
+    "no-logarithm": lambda z: F.nll_loss(z.softmax(1), Y),
+}
+
+
+@pytest.mark.parametrize("name", CONVEX_BEHIND)
+def test_a_split_behind_an_activation(name):
+    model = nn.Linear(3, 3).double()
+    tape = tn.record(lambda: CONVEX_BEHIND[name](model(X)), model.parameters())
+    assert_close(tape.outputs[0], model(X))
+    assert torch.linalg.eigvalsh(tn.GaussNewton(tape).to_dense()).min() >= -1e-7
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_no_split_where_the_loss_is_not_convex_in_the_logits(name):
+    model = nn.Linear(3, 3).double()
+    tape = tn.record(lambda: ELSEWHERE[name](model(X)), model.parameters())
+    with pytest.raises(tn.RecordError, match=r"tn\.outputs"):
+        tn.GaussNewton(tape).to_dense()
+
+
+def test_smoothed_probabilities_are_outputs_themselves():
+    model = nn.Linear(3, 3).double()
+    target = F.one_hot(Y, 3).double()
+
+    def smoothed():
+        return 0.9 * torch.sigmoid(9 * model(X)) + 0.05
+
+    tape = tn.record(lambda: F.binary_cross_entropy(smoothed(), target), model.parameters())
+    assert_close(tape.outputs[0], smoothed())
+    assert torch.linalg.eigvalsh(tn.GaussNewton(tape).to_dense()).min() >= -1e-7
+
+
 def test_an_output_of_two_losses_counts_once():
     p = ZOO["two-losses-of-one-output"](torch.float64)
     assert len(tn.record(p.closure, p.params).outputs) == 1

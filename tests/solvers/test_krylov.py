@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from matrices import DEFINITE, INDEFINITE, SHAPES, SINGULAR, OnLists, random, spectrum
 
 import torchnewton as tn
-from torchnewton.vectors import flatten, is_finite, unflatten
+from torchnewton.vectors import dot, flatten, is_finite, norm, unflatten
 
 TIGHT = {"rtol": 1e-11, "max_iterations": 200}
 ANY_SYMMETRIC = [tn.MINRES(**TIGHT), tn.BiCGSTAB(**TIGHT), tn.Lanczos(60, rtol=1e-11)]
@@ -385,6 +385,51 @@ def test_overflow_is_no_exception_and_never_in_the_result(of_A, of_b, smallest, 
     for solver in [*ALL, tn.SteihaugCG(radius=1e30), tn.SteihaugCG(radius=1e-30)]:
         for matrix, preconditioner in ((A, None), (A @ A, None), (A, M)):
             assert is_finite(solver.solve(matrix, [b], preconditioner=preconditioner).solution)
+
+
+SCALED = [tn.CG(), tn.SteihaugCG(radius=1e30), tn.MINRES(), tn.BiCGSTAB(), tn.Lanczos(20)]
+
+
+@pytest.mark.parametrize("solver", SCALED, ids=label)
+@pytest.mark.parametrize(("of_A", "of_b"), [(1.0, 1e-20), (1.0, 1e-26), (1e-23, 1.0), (1e10, 1e-18), (1.0, 1e25)])
+def test_float32_systems_whose_squares_are_beyond_float32(solver, of_A, of_b):
+    A, b = of_A * torch.diag(torch.logspace(0, -1, 20)), of_b * random(20).float()
+    result = solver.solve(A, [b])
+    assert result.status is tn.Status.CONVERGED
+    assert (A.double() @ result.solution[0].double() - b.double()).norm() <= 1e-4 * b.double().norm()
+
+
+@pytest.mark.parametrize("solver", [*SCALED, tn.CG(atol=1.0)], ids=label)
+def test_a_right_hand_side_that_is_not_finite_is_never_solved(solver):
+    b = torch.ones(3)
+    b[1] = math.inf
+    assert solver.solve(torch.eye(3), [b]).status is tn.Status.NOT_FINITE
+
+
+@pytest.mark.parametrize("solver", SCALED, ids=label)
+@pytest.mark.parametrize("started", [False, True])
+def test_a_product_that_is_not_finite_counts(solver, started):
+    class Counted:
+        num_products = 0
+
+        def __matmul__(self, v):
+            self.num_products += 1
+            return [v[0] * (torch.tensor([1.0, 2.0, 3.0]) if self.num_products < 3 else math.nan)]
+
+    A = Counted()
+    result = solver.solve(A, [torch.tensor([3.0, -2.0, 0.5])], [torch.full((3,), 0.1)] if started else None)
+    assert result.status is tn.Status.NOT_FINITE
+    assert result.num_products == A.num_products
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-20, 1.0, 1e20, 1e30])
+def test_inner_products_beyond_the_numbers_of_their_precision(size):
+    x, y = [size * torch.tensor([3.0, -4.0]), torch.zeros(0)], [torch.tensor([1.0, 2.0]), torch.zeros(0)]
+    assert norm(x) == pytest.approx(5 * size, rel=1e-6)
+    assert dot(x, y) == pytest.approx(-5 * size, rel=1e-6)
+    assert dot(y, [size * y[0], y[1]]) == pytest.approx(5 * size, rel=1e-6)
+    assert dot([torch.zeros(0)], [torch.zeros(0)]) == 0 == dot(x, [torch.zeros(2), torch.zeros(0)])
+    assert not math.isfinite(norm([torch.tensor([math.inf, 1.0])]))
 
 
 @pytest.mark.parametrize("name", ["minres", "bicgstab", "steihaug", "lanczos", "plane", "preconditioners", "nystrom"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,6 +62,14 @@ class Halves(LinearOperator):
     def costs(self, num_products: int = 1) -> Costs:
         """Those of A."""
         return self.base.costs(num_products)
+
+    def factored(self) -> tuple[Any, float] | None:
+        """That of A."""
+        return self.base.factored()
+
+    def to_dense(self) -> Tensor:
+        """That of A."""
+        return self.base.to_dense()
 
     def disagreement(self, p: Sequence[Tensor], curvature: float) -> float | None:
         """The root mean square of |q₁ − q₂| over all halves, relative to `curvature` = pᵀAp > 0; see the class."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from torchnewton import vectors
 from torchnewton.costs import Costs
 from torchnewton.curvature.estimate import Estimate, estimated_diagonal, estimated_trace
+from torchnewton.curvature.scaled_rows import ScaledRows
 from torchnewton.curvature.scipy_view import scipy_operator
 from torchnewton.vectors import Vector
 
@@ -299,6 +300,16 @@ class Scaled(LinearOperator):
     def own(self) -> LinearOperator:
         """That of A, scaled."""
         return Scaled(self.base.own(), self.factor)
+
+    def factored(self) -> tuple[Any, float] | None:
+        """(√α·R, ασ); None unless α > 0."""
+        found = self.base.factored() if self.factor > 0 else None
+        return None if found is None else (ScaledRows(found[0], math.sqrt(self.factor)), self.factor * found[1])
+
+    def costs(self, num_products: int = 1) -> Costs:
+        """Those of A; there is no Gram matrix unless α > 0."""
+        costs = self.base.costs(num_products)
+        return costs if self.factor > 0 else costs.without_gram()
 
     def apply(self, v: Sequence[Tensor]) -> Vector:
         """See `LinearOperator.apply`."""

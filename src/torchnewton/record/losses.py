@@ -21,7 +21,8 @@ class LossRule:
 
     `arguments` are the names of its leading arguments that count as outputs z; ℓ is convex in all of them together.
     `activations`, where given, are the functions whose input is the better split: a loss that is linear in a
-    log-probability has no curvature there, so z is the input of the log-softmax that feeds it.
+    log-probability has no curvature there, so z is the input of the log-softmax that feeds it. Behind anything else,
+    as the logarithm of a mixture of softmaxes, ℓ need not be convex in z: there a `linear` loss has no split.
     """
 
     arguments: tuple[str, ...] = ("input",)
@@ -34,6 +35,14 @@ SOFTMAX: frozenset[Function] = frozenset(
 )
 SIGMOID: frozenset[Function] = frozenset({F.sigmoid, torch.sigmoid, Tensor.sigmoid, torch.special.expit})
 ACTIVATIONS = SOFTMAX | SIGMOID
+
+GUARD = 1e-6  # up to which log(p + GUARD) counts as log(p): what is convex of it ends near p = GUARD
+_ADDITIONS = {torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__}
+_CONVEX = """Alias AsStrided Clamp ClampMax ClampMin Clone Diagonal Expand Flip Gather Index IndexSelect MaskedSelect
+ Permute Repeat ReshapeAlias Roll Select Slice Split SplitWithSizes Squeeze T Take ToCopy Transpose Unbind Unfold
+ UnsafeSplit UnsafeView Unsqueeze View Redistribute _FromTorchTensor _ToTorchTensor"""
+_CONVEX_NODES = frozenset(_CONVEX.split())
+_SUMS = {"Mean", "Sum"}  # of logarithms
 
 _BOTH = LossRule(("input", "target"))
 LOSSES: Mapping[Function, LossRule] = {
@@ -105,14 +114,26 @@ def _bound(function: Function, args: Sequence[Any], kwargs: Mapping[str, Any]) -
     return bound.arguments
 
 
+def is_guard(function: Function, args: Sequence[Any]) -> bool:
+    """Whether a call adds a constant that keeps a logarithm finite, as in log(softmax(z) + 1e-12)."""
+    return function in _ADDITIONS and len(args) == 2 and isinstance(args[1], float) and 0 <= args[1] <= GUARD
+
+
 def _activation_behind(
     tensor: Tensor, wanted: frozenset[Function], activations: Mapping[Node, tuple[Function, Tensor]]
 ) -> Tensor | None:
-    """Follow single-input operations (views, casts, log …) back from `tensor` to a wanted activation's input."""
-    node = tensor.grad_fn
+    """Follow what leaves the loss convex back from `tensor` to a wanted activation's input: views, selections, copies,
+    casts, clamps (which only take curvature away), over a softmax one logarithm, and sums of logarithms."""
+    node, logs, sums = tensor.grad_fn, 0, False
     while node is not None:
         if node in activations and activations[node][0] in wanted:
-            return activations[node][1]
+            function, source = activations[node]
+            convex = logs == (function.__name__ == "softmax") and not (sums and function in SIGMOID)
+            return source if convex else None
+        kind = node.name().rstrip("0123456789").removesuffix("Backward")
+        logs += kind == "Log"
+        sums |= kind in _SUMS
+        known = kind == "Log" or kind in _CONVEX_NODES or (kind in _SUMS and logs == 0)
         parents = [parent for parent, _ in node.next_functions if parent is not None]
-        node = parents[0] if len(parents) == 1 else None
+        node = parents[0] if len(parents) == 1 and known else None
     return None

@@ -17,10 +17,11 @@ from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_
 from torchnewton.record.batch_norm import BatchNormCall
 from torchnewton.record.convolution import CONVOLUTIONS, ConvolutionCall
 from torchnewton.record.errors import RecordError
+from torchnewton.record.flops import flops, is_product
 from torchnewton.record.graph import Edge, edge_of, grad
 from torchnewton.record.known_values import KnownCall
 from torchnewton.record.linear import LinearCall
-from torchnewton.record.losses import ACTIVATIONS, LOSSES, Function, divisor, reduction, split_inputs
+from torchnewton.record.losses import ACTIVATIONS, LOSSES, Function, divisor, is_guard, reduction, split_inputs
 from torchnewton.record.normalization import LayerNormCall
 from torchnewton.record.term import Candidate, Term
 
@@ -62,6 +63,8 @@ def outputs(z: Tensor) -> Tensor:
 class LayerCall:
     """One call of a torch function that used parameters: its arguments as they were, and where its output stands.
 
+    A matrix product with what was made of parameters alone, as by `weight_norm`, is one, too.
+
     `tensors` are the tensors among the arguments in their order, `parameters` the live parameters among them, `input`
     the first other one. `exact` is False where autocast has changed the numbers.
     """
@@ -83,9 +86,8 @@ class LayerCall:
 
     @property
     def flops(self) -> float:
-        """Operations of its matrix product: 2 · output entries · fan-in."""
-        weights = [p for p in self.parameters if p.dim() >= 2]
-        return sum(2.0 * self.output_shape.numel() * (p.numel() // max(p.shape[0], 1)) for p in weights)
+        """Operations of its matrix products; 0 for what is none, as a lookup in a table."""
+        return flops(self.function, self.args, self.kwargs, self.output_shape)
 
     def __call__(self, tensors: Sequence[Tensor]) -> Tensor:
         """The same call with other tensors in the place of `self.tensors`."""
@@ -208,6 +210,7 @@ class Recorder(Watcher):
         self.differentiates_parameters = False
         self.places: dict[Edge, Place] = {}
         self._ids = {id(p) for p in params}
+        self._made: dict[int, Tensor] = {}  # of parameters alone
         self._seen: dict[int, Place] = {}
         self._number = 0
         self._activations: dict[Node, tuple[Function, Tensor]] = {}
@@ -264,9 +267,18 @@ class Recorder(Watcher):
                 self._place(Candidate.of(func.__name__, inputs, output, *how), self.candidates)
         elif func in ACTIVATIONS and output.grad_fn is not None:
             self._activations[output.grad_fn] = (func, args[0] if args else kwargs["input"])
-        elif self._uses_parameter(args, kwargs):
-            tensors = (*tensors_in(args), *tensors_in(kwargs))
-            used = tuple(t for t in tensors if id(t) in self._ids)
+        elif output.grad_fn is not None and is_guard(func, args) and args[0].grad_fn in self._activations:
+            self._activations[output.grad_fn] = self._activations[args[0].grad_fn]
+        elif self._uses_parameter(args, kwargs) or (self._made and is_product(func)):
+            self._keep_layer(func, args, kwargs, output)
+
+    def _keep_layer(self, func: Function, args: Sequence[Any], kwargs: Mapping[str, Any], output: Tensor) -> None:
+        tensors = (*tensors_in(args), *tensors_in(kwargs))
+        used = tuple(t for t in tensors if id(t) in self._ids)
+        known = [id(t) in self._ids or id(t) in self._made for t in tensors]
+        if all(known):
+            self._made[id(output)] = output
+        if any(known):
             exact = not torch.is_autocast_enabled(output.device.type)
             call = LayerCall(func, args, kwargs, tensors, used, edge_of(output), output.shape, exact)
             self.layer_calls.append(call)

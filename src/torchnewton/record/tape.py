@@ -94,7 +94,7 @@ class Tape:
 
     @property
     def forward_flops(self) -> float:
-        """Operations of a forward pass: 2 · output entries · fan-in for each call of a layer with a weight."""
+        """Operations of the matrix products in a forward pass, by the calls that use parameters: see `record.flops`."""
         return sum(call.flops for call in self.layer_calls)
 
     @property

@@ -14,6 +14,7 @@ from torchnewton.solvers.cg import CG
 from torchnewton.solvers.direct import Direct
 from torchnewton.solvers.dual import Dual
 from torchnewton.solvers.result import Operator, Solver, SolveResult
+from torchnewton.solvers.rows import Factored
 from torchnewton.vectors import num_entries
 
 
@@ -27,7 +28,8 @@ class Auto:
 
     The operator states the costs, for CG those of the cheaper way to make so many products, and by `can_factor` whether
     the matrices are to be had at them; any other operator is solved by CG. A factorization takes at most `max_bytes`.
-    `SolveResult.method` says what was chosen and why.
+    The dual system needs σ > 0 in A = RᵀR + σI; where R has fewer rows than columns and σ is not positive, A has no
+    Cholesky factorization either, and CG is left. `SolveResult.method` says what was chosen and why.
     """
 
     cg: CG = field(default_factory=lambda: CG(rtol=0.1, max_iterations=20))
@@ -41,10 +43,17 @@ class Auto:
         if not isinstance(A, StatesCosts):
             return self.cg, "the operator states no costs"
         options = self.options(A, b)
-        reason = ", ".join(f"{name} {flops:.1e} operations" for name, (flops, _) in options.items())
-        solver = min(options.values(), key=lambda option: option[0])[1]
+        solver = _cheapest(options)
         if solver is not self.cg and not A.can_factor():
             return self.cg, "the closure mixes samples, so that exact rows are dear"
+        if solver is self.dual:
+            found = A.factored() if isinstance(A, Factored) else None
+            if found is not None and not found[1] > 0 and found[0].num_rows < num_entries(b):
+                return self.cg, "fewer rows than parameters and no damping, so that there is no factorization"
+            if found is None or not found[1] > 0:
+                del options["dual"]
+                solver = _cheapest(options)
+        reason = ", ".join(f"{name} {flops:.1e} operations" for name, (flops, _) in options.items())
         return solver, reason
 
     def options(self, A: StatesCosts, b: Sequence[Tensor]) -> dict[str, tuple[float, Solver]]:
@@ -73,3 +82,7 @@ class Auto:
         solver, reason = self.choose(A, b)
         result = solver.solve(A, b, x0, preconditioner)
         return replace(result, method=f"{result.method}; {reason}")
+
+
+def _cheapest(options: dict[str, tuple[float, Solver]]) -> Solver:
+    return min(options.values(), key=lambda option: option[0])[1]

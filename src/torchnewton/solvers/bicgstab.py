@@ -24,7 +24,8 @@ class BiCGSTAB(Iterative):
 
     Cost: two products and six inner products an iteration; memory: nine vectors.
     Source: van der Vorst, SIAM J. Sci. Stat. Comput. 13, 1992; for Hessians: He et al., arXiv 1606.00511.
-    Deviation: an inner product has vanished when it is rounding, |⟨x, y⟩| ≤ ε‖x‖‖y‖, whatever the scale of b.
+    Deviations: an inner product has vanished when it is rounding, |⟨x, y⟩| ≤ ε‖x‖‖y‖, whatever the scale of b. It
+    breaks down, too, where ε‖r‖ exceeds the smallest residual so far: rounding has taken all that was gained.
 
     >>> A, b = torch.tensor([[4.0, 1.0], [2.0, 3.0]]), torch.tensor([1.0, 2.0])
     >>> BiCGSTAB().solve(A, [b]).solution
@@ -64,7 +65,8 @@ class _Run:
         self.A, self.M, self.shadow = A, M, r0
         self.d, self.r = zeros_like(r0), r0
         self.p, self.v = zeros_like(r0), zeros_like(r0)
-        self.rho = self.alpha = self.omega = 1.0
+        self.alpha = self.omega = 1.0
+        self.rho = 0.0  # before the first direction
         self.best, self.smallest = (self.d, self.r), norm(r0)
         self.found = MostNegative()
         self.num_products = 0
@@ -89,7 +91,9 @@ class _Run:
         rho = dot(self.shadow, self.r)
         if status := _vanished(rho, self.shadow, self.r):
             return status
-        beta = ratio(rho * self.alpha, self.rho * self.omega, self.r)
+        if torch.finfo(self.r[0].dtype).eps * norm(self.r) > self.smallest:
+            return Status.BREAKDOWN
+        beta = ratio(rho * self.alpha, self.rho * self.omega, self.r) if self.rho else 0.0
         self.rho, self.p = rho, add(self.r, add(self.p, self.v, -self.omega), beta)
         y, self.v = self._product(self.p)
         overlap = dot(self.shadow, self.v)

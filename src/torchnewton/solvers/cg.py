@@ -66,8 +66,10 @@ class CG(Iterative):
             status = Status.CONVERGED
         elif rz <= 0:
             status = Status.INDEFINITE_PRECONDITIONER
+        products = int(x0 is not None)
         while status is None:
             Ap = product(A, p)
+            products += 1
             pAp = dot(p, Ap)
             if not math.isfinite(pAp) or not is_finite(Ap):
                 status = Status.NOT_FINITE
@@ -88,6 +90,5 @@ class CG(Iterative):
                 if status is None and rz <= 0:
                     status = Status.INDEFINITE_PRECONDITIONER
         iterations = len(model) - 1
-        products = iterations + (x0 is not None) + (status is Status.NEGATIVE_CURVATURE)
         x, r, status = accepted(x, r, status, x0, r0)
         return SolveResult(x, r, norm(r), status, iterations, products, negative, "CG", iterates=kept)

@@ -32,7 +32,8 @@ class Iterative:
             raise ValueError(f"{name}: max_iterations={self.max_iterations} must be at least 1.")
 
     def _tolerance(self, b: Sequence[Tensor]) -> float:
-        return max(self.rtol * norm(b), self.atol)
+        size = norm(b)
+        return max(self.rtol * size, self.atol) if math.isfinite(size) else math.nan  # which nothing meets
 
     def _status(self, model: Sequence[float], r: Sequence[Tensor], tolerance: float) -> Status | None:
         """After the iterations whose model values are given, the start included."""

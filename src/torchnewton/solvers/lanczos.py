@@ -138,7 +138,9 @@ class Lanczos:
             raise ValueError(f"Lanczos.solve_shifted: x0 goes with shifts=[0.0] only, not with {list(shifts)}.")
         r0 = initial_residual(A, b, x0)
         found = self.tridiagonalize(A, r0)
-        system = _System(found, norm(r0), b[0].dtype)
+        length = norm(r0)
+        system = _System(found, length, b[0].dtype)
+        dropped = not found.finite and math.isfinite(length)  # the last product
         tolerance = max(self.rtol * norm(b), self.atol)
         results = []
         for i, shift in enumerate(shifts):
@@ -150,7 +152,7 @@ class Lanczos:
                 status = Status.LEAST_SQUARES
             x = d if x0 is None else add(x0, d)
             x, r, status = accepted(x, r, status, x0, r0)
-            products = 0 if i else len(found.basis) + (x0 is not None)
+            products = 0 if i else len(found.basis) + dropped + (x0 is not None)
             results.append(SolveResult(x, r, norm(r), status, len(found.basis), products, negative, "Lanczos"))
         return results
 
