@@ -20,7 +20,7 @@ from torchnewton.record.errors import RecordError
 from torchnewton.record.graph import Edge, edge_of
 from torchnewton.record.known_values import KnownCall
 from torchnewton.record.linear import LinearCall
-from torchnewton.record.losses import ACTIVATIONS, LOSSES, Function, divisor, reduction, split_inputs
+from torchnewton.record.losses import ACTIVATIONS, LOSSES, Function, divisor, num_samples, reduction, split_inputs
 from torchnewton.record.normalization import LayerNormCall
 from torchnewton.record.term import Candidate, Term
 
@@ -232,8 +232,15 @@ class Recorder(Watcher):
         elif func in LOSSES:
             inputs = split_inputs(LOSSES[func], args, kwargs, self._activations)
             if inputs:
-                how = partial(divisor, func, args, kwargs), partial(reduction, func, args, kwargs)
-                self._place(Candidate.of(func.__name__, inputs, output, *how), self.candidates)
+                candidate = Candidate.of(
+                    func.__name__,
+                    inputs,
+                    output,
+                    partial(divisor, func, args, kwargs),
+                    partial(reduction, func, args, kwargs),
+                    partial(num_samples, func, args, kwargs),
+                )
+                self._place(candidate, self.candidates)
         elif func in ACTIVATIONS and output.grad_fn is not None:
             self._activations[output.grad_fn] = (func, args[0] if args else kwargs["input"])
         elif self._uses_parameter(args, kwargs):
