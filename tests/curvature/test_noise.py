@@ -79,8 +79,7 @@ WAYS = {
     "probabilities": lambda z: F.cross_entropy(z.flatten(0, 1), F.one_hot(TARGET, 5).flatten(0, 1).double()),
     "nll of a view": lambda z: F.nll_loss(F.log_softmax(z, -1).view(-1, 5), TARGET.view(-1)),
     "nll, classes second": lambda z: F.nll_loss(F.log_softmax(z, -1).mT, TARGET),
-    "kl, flat": lambda z: F.kl_div(F.log_softmax(z, -1).flatten(0, 1), F.one_hot(TARGET, 5).double().flatten(0, 1))
-    * 5,
+    "kl, flat": lambda z: F.kl_div(F.log_softmax(z, -1).flatten(0, 1), F.one_hot(TARGET, 5).double().flatten(0, 1)) * 5,
     "kl": lambda z: F.kl_div(F.log_softmax(z, -1), F.one_hot(TARGET, 5).double(), reduction="batchmean") / 3,
 }
 KEPT_WAYS = {

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from torchnewton.curvature.shared import Shared, rows_of
 from torchnewton.record import Piece, Tape, Term
+
 
 def noise_scale(tape: Tape, generator: torch.Generator | None = None) -> float:
     """κ = Σ N‖∂f/∂z‖² / tr B over the terms of f, of N samples each, with the outputs z and B = ∂²f/∂z².
