@@ -171,3 +171,21 @@ def test_auto_falls_back_to_cg_where_samples_are_mixed():
     result = tn.Auto().solve(A + 0.1, tape.descent)
     assert result.method.startswith("CG")
     assert "mixes samples" in result.method
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-3, 1e-4, 1e-5])
+def test_samples_mixed_behind_a_small_layer(scale):
+    """In float32, where BatchNorm mixes the samples of parameters that count for little beside the others."""
+    torch.manual_seed(0)
+    a, norm, b = nn.Linear(3, 4), nn.BatchNorm1d(4, affine=False), nn.Linear(4, 2)
+    gain = nn.Parameter(torch.ones(4))
+    with torch.no_grad():
+        b.weight.mul_(scale)
+    params, x, y = [*a.parameters(), gain, *b.parameters()], torch.randn(8, 3), torch.randn(8, 2)
+    tape = tn.record(lambda: F.mse_loss(b(torch.tanh(norm(a(x)) * gain)), y), params)
+    with pytest.raises(NotPerSampleError):
+        tn.Gram(tape)
+    v = torch.cat([torch.randn(12), torch.zeros(18)])
+    for A in (tn.GaussNewton(tape), tn.EmpiricalFisher(tape)):
+        assert not A.can_factor()
+        assert_close((A.to_dense() @ v.double())[:12], (A @ v)[:12], 1e-4)
