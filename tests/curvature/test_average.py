@@ -75,6 +75,25 @@ def test_a_short_last_batch_counts_by_its_samples(curvature, shuffle):
     assert_close(A @ v, curvature(tape) @ v)
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("curvature", CURVATURES)
+def test_live_tapes_outlive_products(curvature, training):
+    """Buffers are put back without telling autograd that they were written to."""
+    model = _model(nn.BatchNorm1d(4)).train(training)
+    params = list(model.parameters())
+    tape = tn.record(lambda: F.cross_entropy(model(X), Y), params)
+    statistics = [b.clone() for b in model.buffers()]
+    A = tn.Average(_closures(model), params, curvature=curvature)
+    B = curvature(tape)
+    v = random(B.shape[1], 0)
+    expected = B @ v
+    y = A @ v
+    assert_close(B @ v, expected)
+    assert_close((A + B) @ v, y + expected)
+    assert_close(B.to_dense() @ v, expected)
+    assert all(torch.equal(b, s) for b, s in zip(model.buffers(), statistics, strict=True))
+
+
 def test_batches_of_any_structure():
     model = _model()
     params = list(model.parameters())

@@ -15,6 +15,7 @@ from zoo import ZOO, integers, uniform
 
 import torchnewton as tn
 from torchnewton.curvature import factor
+from torchnewton.curvature.dense import replayed_rows
 from torchnewton.curvature.factor import LayerRows
 from torchnewton.curvature.gram import Gram
 from torchnewton.curvature.layer_jacobian import LayerJacobian
@@ -229,3 +230,32 @@ def test_the_rows_of_a_multiple(way):
         v = [torch.ones_like(p) for p in tape.params]
         assert_close(flat(R.adjoint(R.product(v))) + shift, A @ flat(v))
     assert (-1.0 * A).factored() is None
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-2, 1e-3, 1e-4])
+def test_samples_mixed_behind_a_small_layer(scale):
+    """In float32, where BatchNorm mixes the samples of parameters that count for little beside the others."""
+    torch.manual_seed(0)
+    a, norm, b = nn.Linear(3, 4), nn.BatchNorm1d(4, affine=False), nn.Linear(4, 2)
+    gain = nn.Parameter(torch.ones(4))
+    with torch.no_grad():
+        b.weight.mul_(scale)
+    params, x, y = [*a.parameters(), gain, *b.parameters()], torch.randn(8, 3), torch.randn(8, 2)
+    tape = tn.record(lambda: F.mse_loss(b(torch.tanh(norm(a(x)) * gain)), y), params)
+    with pytest.raises(NotPerSampleError):
+        tn.Gram(tape)
+    v = torch.cat([torch.randn(12), torch.zeros(18)])
+    for A in (tn.GaussNewton(tape), tn.EmpiricalFisher(tape)):
+        assert not A.can_factor()
+        assert_close((A.to_dense() @ v.double())[:12], (A @ v)[:12], 1e-4)
+
+
+def test_parts_that_are_all_rounding():
+    """In float32 the derivative in a bias in front of a normalization is noise, large where the inputs are small."""
+    torch.manual_seed(0)
+    convolutions = [nn.Conv2d(2, 8, 3), nn.GroupNorm(2, 8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.InstanceNorm2d(8)]
+    model = nn.Sequential(*convolutions, nn.ReLU(), nn.Flatten(), nn.Linear(128, 3))
+    x, y = 1e-3 * torch.randn(32, 2, 8, 8), torch.randint(3, (32,))
+    tape = tn.record(lambda: F.cross_entropy(model(x), y), list(model.parameters()))
+    assert replayed_rows(tape).num_rows == 64
+    assert tn.EmpiricalFisher(tape).can_factor()

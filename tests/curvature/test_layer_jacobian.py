@@ -344,6 +344,43 @@ def test_wirings(name):
     assert J.coverage == 1 if whole else J.coverage < 1
 
 
+def _two_layers(parts: Sequence[nn.Module], x: Tensor) -> Tensor:
+    return parts[1](torch.tanh(parts[0](x)))
+
+
+def _factors_between(parts: Sequence[nn.Module], x: Tensor) -> Tensor:
+    return parts[1](torch.tanh(parts[0](x) * parts[0].bias) * parts[1].bias[:1]) * parts[1].bias
+
+
+@pytest.mark.parametrize("forward", [_two_layers, _factors_between])
+@pytest.mark.parametrize("frozen", [(2, 3), (2,), (3,), (1, 2), (0, 1)])
+def test_frozen_parameters(forward, frozen):
+    """Zeros for them in every form, by layer factors and by a replay of the closure."""
+    torch.manual_seed(0)
+    model = Wired(forward, nn.Linear(3, 4), nn.Linear(4, 2)).double()
+    for i, p in enumerate(model.parameters()):
+        p.requires_grad_(i not in frozen)
+    params, x, y = list(model.parameters()), uniform(6, 3).double(), integers(2, 6)
+    expected = dense_reference(params, lambda: [model(x)], lambda z: F.cross_entropy(z, y))
+    G = expected.gauss_newton
+    tape = tn.record(lambda: F.cross_entropy(model(x), y), params)
+    agrees(tape, expected)
+    A = tn.GaussNewton(tape)
+    assert A.can_factor()
+    assert_close(A.to_dense(), G)
+    assert_close(flat(A.diagonal().value), G.diagonal())
+    solution = torch.linalg.solve(G + 0.1 * torch.eye(len(G)).double(), -expected.gradient)
+    for solver in (tn.Direct(), tn.Dual()):
+        assert_close(flat(solver.solve(A + 0.1, tape.descent).solution), solution, 1e-9)
+    assert_close(flat(tn.EmpiricalFisher(tape).diagonal().value), tn.EmpiricalFisher(tape).to_dense().diagonal())
+    live = flat([torch.full_like(p, p.requires_grad) for p in params]) > 0
+    assert not tn.EmpiricalFisher(tape).to_dense()[~live].any()
+    kfac = tn.KFAC()
+    kfac.update(tape)
+    v = random(len(G), seed=4) * ~live
+    assert_close(kfac.inverse(0.1) @ v, v / 0.1)
+
+
 def test_weight_norm_covers_the_bias_alone():
     assert model_agrees(weight_norm(nn.Linear(3, 2)), uniform(4, 3).double(), functional=False).coverage == 2 / 10
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import torchnewton as tn
-from torchnewton.curvature import noise_scale
+from torchnewton.curvature import noise_parts, noise_scale
 
 
 @pytest.fixture
@@ -67,6 +67,50 @@ def test_class_dimension_in_the_middle(data):
     flat = scale_of(model, lambda: F.cross_entropy(model(x), labels.flatten()))
     middle = scale_of(model, lambda: F.cross_entropy(model(x).view(8, 5, 4).movedim(2, 1), labels))
     assert middle == pytest.approx(flat, rel=0.2)  # other signs
+
+
+TARGET = torch.tensor([[0, 4, 1], [2, 2, 3], [1, 0, 4], [3, 3, 2]])
+KEPT = torch.tensor([[1, 1, 0], [1, 0, 0], [1, 1, 1], [0, 0, 1]]).bool()
+IGNORED = TARGET.masked_fill(~KEPT, -100)
+WAYS = {
+    "flat": lambda z: F.cross_entropy(z.flatten(0, 1), TARGET.flatten()),
+    "classes second": lambda z: F.cross_entropy(z.mT, TARGET),
+    "by hand": lambda z: F.cross_entropy(z.mT, TARGET, reduction="none").mean(),
+    "probabilities": lambda z: F.cross_entropy(z.flatten(0, 1), F.one_hot(TARGET, 5).flatten(0, 1).double()),
+    "nll of a view": lambda z: F.nll_loss(F.log_softmax(z, -1).view(-1, 5), TARGET.view(-1)),
+    "nll, classes second": lambda z: F.nll_loss(F.log_softmax(z, -1).mT, TARGET),
+    "kl, flat": lambda z: F.kl_div(F.log_softmax(z, -1).flatten(0, 1), F.one_hot(TARGET, 5).double().flatten(0, 1)) * 5,
+    "kl": lambda z: F.kl_div(F.log_softmax(z, -1), F.one_hot(TARGET, 5).double(), reduction="batchmean") / 3,
+}
+KEPT_WAYS = {
+    "left out": lambda z: F.cross_entropy(z[KEPT], TARGET[KEPT]),
+    "ignored": lambda z: F.cross_entropy(z.flatten(0, 1), IGNORED.flatten()),
+    "ignored, classes second": lambda z: F.nll_loss(F.log_softmax(z.mT, 1), IGNORED),
+    "another index": lambda z: F.cross_entropy(z.mT, TARGET.masked_fill(~KEPT, -1), ignore_index=-1),
+}
+ONE = {
+    "batch": lambda z: F.cross_entropy(z[0, :1], TARGET[0, :1]),
+    "no batch": lambda z: F.cross_entropy(z[0, 0], TARGET[0, 0]),
+    "nll without a batch": lambda z: F.nll_loss(F.log_softmax(z[0, 0], 0), TARGET[0, 0]),
+}
+
+
+@pytest.mark.filterwarnings("ignore:reduction. 'mean' divides the total loss:UserWarning")  # of kl_div
+@pytest.mark.parametrize("ways", [WAYS, KEPT_WAYS, ONE])
+def test_every_way_to_write_a_cross_entropy(ways):
+    torch.manual_seed(0)
+    z = torch.randn(4, 3, 5, dtype=torch.float64, requires_grad=True)
+
+    def parts(loss) -> tuple[float, float]:
+        tape = tn.record(lambda: loss(z), [z])
+        found = [noise_parts(tape, torch.Generator().manual_seed(seed)) for seed in range(300)]
+        return found[0][0], sum(trace for _, trace in found) / 300
+
+    squares, trace = parts(next(iter(ways.values())))
+    for loss in ways.values():
+        found, estimate = parts(loss)
+        assert found == pytest.approx(squares, rel=1e-12)
+        assert estimate == pytest.approx(trace, rel=0.1)  # other signs
 
 
 def test_nothing_where_nothing_is_known(data):

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from reference import assert_close
-from torch import Tensor
+from reference import assert_close, flat
+from torch import Tensor, nn
 from zoo import integers, uniform
 from zoo.losses import LOSSES
 
@@ -211,3 +211,72 @@ def test_a_joint_loss_of_several_outputs():
     root = output_root(tape.terms[0], group)
     assert_close(product(root), blocks(lambda z: torch.logsumexp(z, 1).sum(), z))
     assert bool(root.solve(uniform(5, 4).double()).isnan().all())
+
+
+@pytest.mark.parametrize(("dtype", "weight", "rtol"), [(torch.float32, 1e5, 1e-5), (torch.float64, 1e11, 1e-10)])
+@pytest.mark.parametrize("mark", [lambda z: z, tn.outputs])
+def test_losses_of_very_different_scale(dtype, weight, rtol, mark):
+    """The block of the smaller one is as exact as it is alone, in the root and in what is made of it."""
+    torch.manual_seed(0)
+    a, b = nn.Linear(3, 2).to(dtype), nn.Linear(3, 4).to(dtype)
+    x, y, labels = uniform(8, 3).to(dtype), uniform(8, 2, seed=5).to(dtype), integers(4, 8)
+    params = [*a.parameters(), *b.parameters()]
+    tape = tn.record(lambda: weight * F.mse_loss(mark(a(x)), y) + F.cross_entropy(mark(b(x) * 1.0), labels), params)
+    (group,) = output_groups(tape)
+    root = output_root(tape.terms[0], group)
+    B = blocks(lambda z: F.cross_entropy(z, labels), b(x).detach())
+    found = product(root)
+    assert_close(found[:, 2:, 2:], B, rtol)
+    assert_close(found[:, :2, :2], (weight / 8 * torch.eye(2).double()).expand(8, 2, 2), rtol)
+    A = tn.GaussNewton(tape)
+    alone = tn.GaussNewton(tn.record(lambda: F.cross_entropy(b(x), labels), list(b.parameters())))
+    assert_close(A.to_dense()[8:, 8:], alone.to_dense(), rtol)
+    v = torch.cat([torch.zeros(8), uniform(16)]).to(dtype)
+    assert_close((A @ v)[8:], A.to_dense()[8:, 8:] @ v[8:].double(), rtol)
+    assert_close(flat(A.diagonal().value)[8:], alone.to_dense().diagonal(), rtol)
+    zeros = [torch.zeros_like(p) for p in a.parameters()]
+    slope = torch.autograd.grad(F.cross_entropy(b(x), labels), list(b.parameters()))
+    expected = flat(tn.Direct().solve(alone + 0.1, list(slope)).solution)
+    for solver in (tn.Direct(), tn.Dual(), tn.CG(rtol=1e-12, max_iterations=200)):
+        solution = solver.solve(A + 0.1, [*zeros, *slope]).solution
+        assert_close(flat(solution)[8:], expected, 100 * rtol)
+
+
+@pytest.mark.parametrize(("dtype", "weight", "rtol"), [(torch.float32, 1e5, 1e-5), (torch.float64, 1e11, 1e-10)])
+def test_samples_of_very_different_scale(dtype, weight, rtol):
+    """B of the large one is diagonal, those of the others are not."""
+    z = uniform(5, 3).to(dtype)
+
+    def loss(z: Tensor) -> Tensor:
+        return weight * z[:1].square().sum() + (z[1:] @ A.to(z.dtype)).square().sum()
+
+    root, _ = root_of(lambda z: loss(tn.outputs(z)), z)
+    for found, expected in zip(product(root), blocks(loss, z), strict=True):
+        assert_close(found, expected, rtol)
+
+
+def test_outputs_side_by_side():
+    """The first and the last output are coupled; of the others the root is known, and its inverse."""
+    y = integers(3, 5)
+
+    def loss(z: Tensor) -> Tensor:
+        a, b, c, d = z.split([1, 3, 2, 1], 1)
+        zeros = torch.zeros(5, 2, dtype=z.dtype)
+        first = F.mse_loss(a, zeros[:, :1])
+        return first + F.cross_entropy(b, y) + F.huber_loss(c, zeros, delta=2.0) + F.mse_loss(a, d)
+
+    theta = uniform(5, 7).double().requires_grad_()
+    tape = tn.record(lambda: loss(theta * 1.0), [theta])
+    (group,), (term,) = output_groups(tape), tape.terms
+    root = output_root(term, group)
+    assert root.values.shape == (5, 7, 6)
+    assert_close(product(root), blocks(loss, theta.detach()))
+    s, w, rows = uniform(5, 7, seed=2).double(), uniform(5, 6).double(), uniform(5, 7, 2).double()
+    assert_close(root.spread(w), (root.values @ w[..., None])[..., 0])
+    assert_close(root.weigh(rows), root.values.mT @ rows)
+    assert bool(root.solve(s)[:, :2].isnan().all())
+    assert bool(root.solve(s)[:, 2:].isfinite().all())
+    two = tn.record(lambda: F.cross_entropy(theta[:, :3] * 1.0, y) + F.mse_loss(theta[:, 3:], s[:, 3:]), [theta])
+    (group,), (term,) = output_groups(two), two.terms
+    root, slope = output_root(term, group), group.join(term.cotangents).detach()
+    assert_close(root.spread(root.solve(slope)), slope)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
@@ -58,11 +60,30 @@ def _check(tape: Tape, group: OutputGroup, rows: Tensor) -> None:
     term = tape.terms[group.term]
     generator = torch.Generator(device=rows.device).manual_seed(0)
     r = torch.randn(rows.shape[:2], generator=generator, dtype=rows.dtype, device=rows.device)
-    parts = [torch.zeros_like(z, memory_format=torch.contiguous_format) for z in term.outputs]
-    group.add(r, parts)
-    expected = flatten(term.jacobian_adjoint(parts))
-    difference = r.reshape(-1) @ rows.flatten(0, 1) - expected
-    if not bool(difference.norm() <= torch.finfo(rows.dtype).eps ** 0.5 * expected.norm()):
+
+    def product(r: Tensor) -> Tensor:
+        parts = [torch.zeros_like(z, memory_format=torch.contiguous_format) for z in term.outputs]
+        group.add(r, parts)
+        return flatten(term.jacobian_adjoint(parts))
+
+    require_agreement(r.reshape(-1) @ rows.flatten(0, 1), product, r, tape.params)
+
+
+def require_agreement(found: Tensor, product: Callable[[Tensor], Tensor], r: Tensor, params: Sequence[Tensor]) -> None:
+    """Raise `NotPerSampleError` unless `found` is the linear `product(r)`, in every parameter to half its digits.
+
+    A part that should vanish, as of a bias in front of a normalization, is all rounding: how much there is of that
+    shows where the product with a sum is not the sum of the products. What is 1e-5 of the whole in float32 passes, too:
+    rounding of the forward pass does not show so.
+    """
+    expected, part = product(r), r.sin()
+    rounding = expected - product(part) - product(r - part)
+    sizes = [p.numel() for p in params]
+    error, size, noise = (
+        torch.stack([x.norm() for x in y.split(sizes)]) for y in (found - expected, expected, rounding)
+    )
+    eps = torch.finfo(found.dtype).eps
+    if not bool((error <= eps**0.5 * size + 30 * noise + 100 * eps * size.norm()).all()):
         raise NotPerSampleError("the closure mixes samples, as BatchNorm in training mode does")
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from torchnewton.costs import Costs
 from torchnewton.curvature.cost_model import CALL
+from torchnewton.curvature.dense import require_agreement
 from torchnewton.curvature.factor import StoredRows
 from torchnewton.curvature.gauss_newton import GaussNewton
 from torchnewton.curvature.jacobian import Jacobian
@@ -111,9 +112,7 @@ class EmpiricalFisher(LinearOperator):
                 parts[position].add_(part)
         generator = torch.Generator(device=rows.device).manual_seed(0)
         weights = torch.randn(s.num_samples, generator=generator, dtype=rows.dtype, device=rows.device)
-        expected = flatten(self._gradient(s, weights))
-        if (weights @ rows - expected).norm() > torch.finfo(rows.dtype).eps ** 0.5 * expected.norm():
-            raise NotPerSampleError("the closure mixes samples, as BatchNorm in training mode does")
+        require_agreement(weights @ rows, lambda r: flatten(self._gradient(s, r)), weights, params)
         return rows
 
     def _gradient(self, s: _Scores, weights: Tensor) -> Vector:

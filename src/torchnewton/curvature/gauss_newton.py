@@ -25,6 +25,10 @@ class GaussNewton(LinearOperator):
     Without `jacobian` the products are made by kept double backward, or, where so many are expected that it pays, by
     explicit layer factors; `path` says which.
 
+    Of a nonlinear function f of torch's losses ℓ (the root of an mse_loss, a focal loss of cross entropies) B takes
+    Σ (∂f/∂ℓ) ∂²ℓ/∂z², which is positive semidefinite where f increases with ℓ. With the outputs marked by `tn.outputs`
+    it is the whole ∂²f/∂z².
+
     Parameters that are DTensors have products alone.
 
     Shapes: P×P with P parameters; `G @ v` takes and gives a vector like the parameters.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from torchnewton.record import Tape
+from torchnewton.record import Tape, Term
 
 
 @dataclass(frozen=True)
@@ -45,3 +45,17 @@ def output_groups(tape: Tape) -> list[OutputGroup]:
             width = sum(term.outputs[i].numel() for i in found) // n
             groups.append(OutputGroup(number, tuple(found), n, width))
     return groups
+
+
+def uncoupled(term: Term, group: OutputGroup) -> list[OutputGroup]:
+    """The group in parts that share no loss: B has no entries between them."""
+    found: list[set[int]] = [{i} for i in group.members]
+    for piece in term.pieces:
+        joined = {i for i in group.members if term.edges[i] in piece.edges}
+        touching = [part for part in found if part & joined]
+        found = [part for part in found if not part & joined] + ([set().union(*touching)] if touching else [])
+    widths = {i: term.outputs[i].numel() // group.num_samples for i in group.members}
+    return [
+        OutputGroup(group.term, tuple(sorted(part)), group.num_samples, sum(widths[i] for i in part))
+        for part in sorted(found, key=min)
+    ]

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from torchnewton.curvature.shared import Shared, rows_of
-from torchnewton.record import Tape, Term
-
-_CLASSES_SECOND = {"cross_entropy", "nll_loss"}
+from torchnewton.record import Piece, Tape, Term
 
 
 def noise_scale(tape: Tape, generator: torch.Generator | None = None) -> float:
-    """κ = Σ N‖∂f/∂z‖² / tr B over the terms of f, the outputs z of N samples each, B = ∂²f/∂z².
+    """κ = Σ N‖∂f/∂z‖² / tr B over the terms of f, of N samples each, with the outputs z and B = ∂²f/∂z².
+
+    A sample is what the loss takes for one: a target that is not ignored, a distribution over classes, else an index
+    of the first dimension.
 
     For a mean over N samples with derivatives rₙ and Hessians Bₙ of their own losses κ = Σ‖rₙ‖² / Σ tr Bₙ. The noise
     of such a gradient has the covariance F/N, F the mean of the outer products of the samples' gradients, and F ≈ κG
@@ -29,21 +29,26 @@ def noise_scale(tape: Tape, generator: torch.Generator | None = None) -> float:
 def noise_parts(
     tape: Tape, generator: torch.Generator | None = None, shared: Shared | None = None
 ) -> tuple[float, float]:
-    """Σ N‖∂f/∂z‖² and tr B, the two parts of κ; for several processes, each of its samples, see `Shared`."""
+    """Σ N‖∂f/∂z‖² and tr B, the two parts of κ.
+
+    With several processes, see `Shared`, each has its own f and z, and N counts the samples of all.
+    """
     shared, generator = shared or Shared(), generator or torch.default_generator
     squares = trace = 0.0
-    for term in tape.terms:
+    counts = shared.sums([_num_samples(term) for term in tape.terms])
+    for term, count in zip(tape.terms, counts, strict=True):
         u = [x.detach() for x in term.cotangents]
         signs = [rows.signs(x, generator) for x, rows in zip(u, rows_of(u, shared), strict=True)]
         curved = term.hessian_product(signs)
-        squares += _num_samples(term) * sum(float(x.square().sum()) for x in u)
+        squares += count * sum(float(x.square().sum()) for x in u)
         trace += sum(float((x * y).sum()) for x, y in zip(signs, curved, strict=True))
     return squares, trace
 
 
-def _num_samples(term: Term) -> int:
-    def count(name: str, z: Tensor) -> int:
-        classes_second = name in _CLASSES_SECOND and z.dim() > 1
-        return z.numel() // z.shape[1] if classes_second else z.shape[0] if z.dim() else 1
+def _num_samples(term: Term) -> float:
+    def count(piece: Piece) -> float:
+        if piece.num_samples is not None:
+            return piece.num_samples()
+        return max(float(z.shape[0]) if z.dim() else 1.0 for z in piece.outputs)
 
-    return max((count(piece.name, z) for piece in term.pieces for z in piece.outputs), default=1)
+    return max((count(piece) for piece in term.pieces), default=1.0)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from torchnewton.curvature.groups import OutputGroup
+from torchnewton.curvature.groups import OutputGroup, uncoupled
 from torchnewton.record import NotPerSampleError, Term
 
 MOST_ENTRIES = 2e8  # numbers of all roots together
@@ -48,6 +49,13 @@ class OutputRoot:
             return s.new_full((len(s), self.width), float("nan"))
         return torch.bmm(self.inverse, s.unsqueeze(2)).squeeze(2)
 
+    def dense(self) -> OutputRoot:
+        """The same with R as N × M × r."""
+        if self.values.dim() == 3:
+            return self
+        inverse = torch.where(self.values == 0, 0.0, 1 / self.values)
+        return OutputRoot(torch.diag_embed(self.values), torch.diag_embed(inverse))
+
     def spread(self, w: Tensor) -> Tensor:
         """R · w, N × M, for w N × r."""
         if self.values.dim() == 2:
@@ -63,9 +71,16 @@ def output_root(term: Term, group: OutputGroup) -> OutputRoot:
       number of each sample. R = √α · diag(√p) · Q with the C − 1 columns of Q orthogonal to √p: one less than classes;
     - any other: the M columns of B and an eigendecomposition for every sample.
 
-    Each form is taken only if a product with a random vector agrees. Raises `NotPerSampleError` where B mixes samples,
-    is not positive semidefinite, or is not diagonal and has more than `MOST_ENTRIES` numbers.
+    Outputs that share no loss have roots of their own, side by side. Each form is taken only if a product with a random
+    vector agrees in every sample. Raises `NotPerSampleError` where B mixes samples, is not positive semidefinite, or is
+    not diagonal and has more than `MOST_ENTRIES` numbers.
     """
+    parts = uncoupled(term, group)
+    roots = [_of_part(term, part) for part in parts]
+    return roots[0] if len(roots) == 1 else _side_by_side(term, group, parts, roots)
+
+
+def _of_part(term: Term, group: OutputGroup) -> OutputRoot:
     z = group.join(term.outputs).detach()
 
     def product(u: Tensor) -> Tensor:
@@ -76,14 +91,50 @@ def output_root(term: Term, group: OutputGroup) -> OutputRoot:
     generator = torch.Generator(device=z.device).manual_seed(0)
     probe = torch.randn(z.shape, generator=generator, dtype=z.dtype, device=z.device)
     curved = product(probe)
-    root = _diagonal(product, probe, curved)
-    if root is None and probe.numel() * group.width > MOST_ENTRIES:
-        raise NotPerSampleError(f"{group.num_samples} output Hessians of {group.width}×{group.width} are too many")
+    widths = _widths(term, group)
+    root = _diagonal(product, probe, curved, widths)
+    if root is None:
+        _refuse_large(group.num_samples, group.width, group.width)
     if root is None and len(group.members) == 1:
         shape = term.outputs[group.members[0]].shape
         for dim in {1, len(shape) - 1} if len(shape) > 1 else ():
             root = root or _softmax(product, z.view(shape), dim, probe, curved, _is_cross_entropy(term, group))
-    return root or _general(product, probe, curved)
+    return root or _general(product, probe, curved, widths)
+
+
+def _side_by_side(term: Term, group: OutputGroup, parts: list[OutputGroup], roots: list[OutputRoot]) -> OutputRoot:
+    """The root of a group of uncoupled parts."""
+    starts = dict(zip(group.members, accumulate(_widths(term, group), initial=0), strict=False))
+    columns = [
+        [c for i, w in zip(part.members, _widths(term, part), strict=True) for c in range(starts[i], starts[i] + w)]
+        for part in parts
+    ]
+    n, like = group.num_samples, roots[0].values
+    if all(root.values.dim() == 2 for root in roots):
+        values = like.new_empty(n, group.width)
+        for root, at in zip(roots, columns, strict=True):
+            values[:, at] = root.values
+        return OutputRoot(values)
+    width = sum(root.width for root in roots)
+    _refuse_large(n, group.width, width)
+    values, inverse = like.new_zeros(n, group.width, width), like.new_zeros(n, width, group.width)
+    start = 0
+    for root, at in zip(roots, columns, strict=True):
+        stop, dense = start + root.width, root.dense()
+        values[:, at, start:stop] = dense.values
+        inverse[:, start:stop, at] = float("nan") if dense.inverse is None else dense.inverse
+        start = stop
+    return OutputRoot(values, inverse)
+
+
+def _widths(term: Term, group: OutputGroup) -> list[int]:
+    """The numbers that a sample has in each member."""
+    return [term.outputs[i].numel() // group.num_samples for i in group.members]
+
+
+def _refuse_large(num_samples: int, rows: int, columns: int) -> None:
+    if num_samples * rows * columns > MOST_ENTRIES:
+        raise NotPerSampleError(f"{num_samples} roots of output Hessians, {rows}×{columns} each, are too many")
 
 
 def _is_cross_entropy(term: Term, group: OutputGroup) -> bool:
@@ -91,9 +142,10 @@ def _is_cross_entropy(term: Term, group: OutputGroup) -> bool:
     return all(piece.name in _CROSS_ENTROPIES for piece in term.pieces if edges & set(piece.edges))
 
 
-def _diagonal(product: Product, probe: Tensor, curved: Tensor) -> OutputRoot | None:
+def _diagonal(product: Product, probe: Tensor, curved: Tensor, widths: list[int]) -> OutputRoot | None:
     diagonal = product(torch.ones_like(probe))
-    if not _close(diagonal * probe, curved):
+    pairs = zip((diagonal * probe).split(widths, 1), curved.split(widths, 1), strict=True)
+    if not all(_close(found, expected) for found, expected in pairs):
         return None
     return OutputRoot(_nonnegative(diagonal, diagonal.abs().amax()).sqrt())
 
@@ -142,14 +194,16 @@ def _softmax(
     return OutputRoot(full.permute(order).reshape(n, classes * places, (classes - 1) * places))
 
 
-def _general(product: Product, probe: Tensor, curved: Tensor) -> OutputRoot:
+def _general(product: Product, probe: Tensor, curved: Tensor, widths: list[int]) -> OutputRoot:
     columns = []
     for i in range(probe.shape[1]):
         unit = torch.zeros_like(probe)
         unit[:, i] = 1
         columns.append(product(unit))
     B = torch.stack(columns, dim=2)
-    if not _close(torch.bmm(B, probe.unsqueeze(2)).squeeze(2), curved):
+    difference = torch.bmm(B, probe.unsqueeze(2)).squeeze(2) - curved
+    error, size = (torch.stack([part.norm() for part in x.split(widths, 1)]) for x in (difference, curved))
+    if not _is_rounding(error, size):
         raise NotPerSampleError("the loss mixes samples")
     values, basis = torch.linalg.eigh(((B + B.mT) / 2).double())
     values = _nonnegative(values, values.abs().amax().to(probe.dtype))
@@ -164,9 +218,14 @@ def _nonnegative(values: Tensor, scale: Tensor) -> Tensor:
 
 
 def _close(found: Tensor, expected: Tensor, scale: Tensor | None = None) -> bool:
-    """Whether the two agree to rounding, relative to `scale` or to the second."""
-    size = (expected if scale is None else scale).norm()
-    return bool((found - expected).norm() <= _rtol(found.dtype) * size)
+    """Whether the two agree to rounding in every row, relative to that row of `scale` or of the second."""
+    return _is_rounding((found - expected).norm(dim=-1), (expected if scale is None else scale).norm(dim=-1))
+
+
+def _is_rounding(error: Tensor, size: Tensor) -> bool:
+    """Whether each error is one of rounding for its size, or for the largest of all."""
+    largest = size.max() if size.numel() else size.sum()
+    return bool((error <= _rtol(error.dtype) * size + 10 * torch.finfo(error.dtype).eps * largest).all())
 
 
 def _rtol(dtype: torch.dtype) -> float:

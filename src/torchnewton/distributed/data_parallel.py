@@ -240,11 +240,11 @@ class Share(Alone):
         return SharedByRanks(self)
 
     def noise_scale(self, tape: Tape, generator: torch.Generator) -> float:
-        """That of all samples: with sᵣ, tᵣ of rank r and its fraction pᵣ of the samples Σ wᵣ²sᵣ/pᵣ / Σ wᵣtᵣ."""
+        """That of all samples: Σ wᵣ²sᵣ / Σ wᵣtᵣ with the parts sᵣ, tᵣ of rank r."""
         squares, trace = noise_parts(tape, generator, self.statistics)
         if not self.fraction:
             squares = trace = 0.0
-        rows = self.processes.table([self.weight**2 * squares / (self.fraction or 1.0), self.weight * trace])
+        rows = self.processes.table([self.weight**2 * squares, self.weight * trace])
         squares, trace = (sum(column) for column in zip(*rows, strict=True))
         return squares / trace if trace > 0 else 0.0
 

@@ -99,6 +99,22 @@ def divisor(function: Function, args: Sequence[Any], kwargs: Mapping[str, Any]) 
     return float(torch.broadcast_shapes(z.shape, target.shape).numel())
 
 
+def num_samples(function: Function, args: Sequence[Any], kwargs: Mapping[str, Any]) -> float:
+    """How many samples a loss call takes: those not ignored, or the distributions over classes, where it has classes.
+
+    Else the first dimension of its entries.
+    """
+    given = _bound(function, args, kwargs)
+    z, target = given["input"], given["target"]
+    if function is F.kl_div:
+        return float(z.detach().double().exp().sum())  # a 1 for each, whichever dimension the classes have
+    if function not in (F.cross_entropy, F.nll_loss):
+        return float([*torch.broadcast_shapes(z.shape, target.shape), 1][0])
+    if target.is_floating_point():
+        return float(z.numel() / z.shape[min(1, z.dim() - 1)])
+    return float((target != given["ignore_index"]).sum())
+
+
 def reduction(function: Function, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
     """How a loss call makes one number of its entries: "mean", "batchmean", "sum", "none"."""
     given = _bound(function, args, kwargs)

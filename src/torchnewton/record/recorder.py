@@ -21,7 +21,16 @@ from torchnewton.record.flops import flops, is_product
 from torchnewton.record.graph import Edge, edge_of, grad
 from torchnewton.record.known_values import KnownCall
 from torchnewton.record.linear import LinearCall
-from torchnewton.record.losses import ACTIVATIONS, LOSSES, Function, divisor, is_guard, reduction, split_inputs
+from torchnewton.record.losses import (
+    ACTIVATIONS,
+    LOSSES,
+    Function,
+    divisor,
+    is_guard,
+    num_samples,
+    reduction,
+    split_inputs,
+)
 from torchnewton.record.normalization import LayerNormCall
 from torchnewton.record.term import Candidate, Term
 
@@ -126,7 +135,7 @@ class Watcher(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.backward_values: list[Tensor] = []
-        self._live: dict[int, Tensor | None] = {}
+        self._shown: dict[int, Tensor | None] = {}
 
     def pretend(self, params: Sequence[Tensor], gradient: Sequence[Tensor] | None) -> None:
         """Let a closure that asks see live parameters, and `gradient` (else zeros) after it has called `backward`.
@@ -134,13 +143,13 @@ class Watcher(TorchFunctionMode):
         For runs in which the parameters are constants and nothing is differentiated.
         """
         found = [None] * len(params) if gradient is None else gradient
-        self._live = {id(p): g for p, g in zip(params, found, strict=True) if p.requires_grad}
+        self._shown = {id(p): g for p, g in zip(params, found, strict=True) if p.requires_grad}
 
     def _pretended(self, func: Function, p: Tensor) -> Any:
         if func == _IS_LIVE:
             return True
         if p.grad is None and self.backward_values:
-            known = self._live[id(p)]
+            known = self._shown[id(p)]
             p.grad = torch.zeros_like(p) if known is None else known.detach().clone()
         return p.grad
 
@@ -155,7 +164,7 @@ class Watcher(TorchFunctionMode):
                 self.backward_values.append((loss.detach() * weight).sum())
                 self.on_backward(loss, weight)
             return None
-        if func in (_IS_LIVE, _GRADIENT) and id(args[0]) in self._live:
+        if func in (_IS_LIVE, _GRADIENT) and id(args[0]) in self._shown:
             return self._pretended(func, args[0])
         if func in _RECURRENT:  # cuDNN's recurrent kernels have no second derivative
             with torch.backends.cudnn.flags(enabled=False):
@@ -263,8 +272,15 @@ class Recorder(Watcher):
         elif func in LOSSES:
             inputs = split_inputs(LOSSES[func], args, kwargs, self._activations)
             if inputs:
-                how = partial(divisor, func, args, kwargs), partial(reduction, func, args, kwargs)
-                self._place(Candidate.of(func.__name__, inputs, output, *how), self.candidates)
+                candidate = Candidate.of(
+                    func.__name__,
+                    inputs,
+                    output,
+                    partial(divisor, func, args, kwargs),
+                    partial(reduction, func, args, kwargs),
+                    partial(num_samples, func, args, kwargs),
+                )
+                self._place(candidate, self.candidates)
         elif func in ACTIVATIONS and output.grad_fn is not None:
             self._activations[output.grad_fn] = (func, args[0] if args else kwargs["input"])
         elif output.grad_fn is not None and is_guard(func, args) and args[0].grad_fn in self._activations:

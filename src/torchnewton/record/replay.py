@@ -123,10 +123,9 @@ class BufferSnapshot:
 
     def restore(self) -> None:
         """Put the values back, bit for bit."""
-        with torch.no_grad():
-            for module, name, buffer, value in self.saved:
-                module._buffers[name] = buffer
-                buffer.copy_(value)
+        for module, name, buffer, value in self.saved:
+            module._buffers[name] = buffer
+            buffer.data.copy_(value)  # through .data: a graph that was recorded with these values stays valid
 
 
 @contextmanager

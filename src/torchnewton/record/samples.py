@@ -31,6 +31,7 @@ class PerSample(Recorder):
         super().__init__(params, create_graph=False)
         self._copies: dict[tuple[int, int], Tensor] = {}
         self._position = {id(p): i for i, p in enumerate(params)}
+        self._live = {i for i, p in enumerate(params) if p.requires_grad}
         self._derived: dict[int, tuple[Tensor, Callable[[int], Tensor]]] = {}
         self._pairs = Pairs(params[0])
 
@@ -38,7 +39,7 @@ class PerSample(Recorder):
         """Keep the graph as it is: nothing is differentiated while it runs."""
 
     def rows(self, total: Tensor, n: int) -> Iterator[tuple[int, Tensor]]:
-        """For `total` = Σᵢ zᵢ over n samples: (position of a parameter, its part of the rows, n × entries)."""
+        """For `total` = Σᵢ zᵢ over n samples: (position of a live parameter, its part of the rows, n × entries)."""
         wanted = [(position, copy) for (position, count), copy in self._copies.items() if count == n]
         leaves = [*(copy for _, copy in wanted), self._pairs.token]
         try:
@@ -47,9 +48,9 @@ class PerSample(Recorder):
         except RuntimeError as error:
             raise NotPerSampleError(str(error).split("\n")[0]) from error
         for (position, _), g in zip(wanted, found, strict=False):
-            if g is not None:
+            if g is not None and position in self._live:
                 yield position, g.reshape(n, -1)
-        yield from self._pairs.products(n)
+        yield from ((position, part) for position, part in self._pairs.products(n) if position in self._live)
 
     def on_call(self, func: Function, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Run the call, per sample where it mixes parameters and samples."""

@@ -29,8 +29,8 @@ from torchnewton.record.known_values import KnownCall, at_known_values
 class Candidate:
     """A loss call seen while recording: ℓ = name(z₁, …), with its place in the graph at that time.
 
-    `divisor()` is D with ℓ = Σ/D, Σ the sum over the entries (see `losses.divisor`), `reduction()` how it is made; None
-    where that is not known.
+    `divisor()` is D with ℓ = Σ/D, Σ the sum over the entries (see `losses.divisor`), `reduction()` how it is made,
+    `num_samples()` of how many samples; None where that is not known.
     """
 
     name: str
@@ -40,6 +40,7 @@ class Candidate:
     loss_edge: Edge
     divisor: Callable[[], float] | None = None
     reduction: Callable[[], str] | None = None
+    num_samples: Callable[[], float] | None = None
 
     @classmethod
     def of(
@@ -49,9 +50,11 @@ class Candidate:
         loss: Tensor,
         divisor: Callable[[], float] | None = None,
         reduction: Callable[[], str] | None = None,
+        num_samples: Callable[[], float] | None = None,
     ) -> Candidate:
         """The candidate as it stands in the graph now."""
-        return cls(name, list(outputs), [edge_of(z) for z in outputs], loss, edge_of(loss), divisor, reduction)
+        edges = [edge_of(z) for z in outputs]
+        return cls(name, list(outputs), edges, loss, edge_of(loss), divisor, reduction, num_samples)
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,7 @@ class Piece:
     loss_edge: Edge
     divisor: Callable[[], float] | None
     reduction: Callable[[], str] | None
+    num_samples: Callable[[], float] | None
     weight: Tensor
     slope: list[Tensor]
 
@@ -239,7 +243,8 @@ def _pieces(
         if w is not None:
             w = w.detach()
             slope = filled(grad([c.loss_edge], c.edges, [w], create_graph=True), c.outputs)
-            pieces.append(Piece(c.name, c.outputs, c.edges, c.loss, c.loss_edge, c.divisor, c.reduction, w, slope))
+            how = c.divisor, c.reduction, c.num_samples
+            pieces.append(Piece(c.name, c.outputs, c.edges, c.loss, c.loss_edge, *how, w, slope))
     return pieces, rest or not pieces
 
 

@@ -152,7 +152,7 @@ def users_of(tape: Tape) -> Users:
 def explicit_layers(tape: Tape, users: Users | None = None) -> tuple[list[Layer], set[int]]:
     """The layers the outputs depend on, and the positions of parameters that are used in these and nowhere else."""
     users = users_of(tape) if users is None else users
-    positions = {id(p): i for i, p in enumerate(tape.params)}
+    positions = {id(p): i for i, p in enumerate(tape.params) if p.requires_grad}
     layers = [layer for call in tape.layer_calls if (layer := layer_of(call, positions)) is not None]
     layers = [layer for layer in layers if users.reaches_outputs(layer.call.edge)]
     calls = {layer.call.edge for layer in layers}
