@@ -90,6 +90,7 @@ VARIANTS: dict[str, Make] = {
     "gliding at lengths that only shrink": gliding(Glide(growth=1.0)),
     "gliding at the length the slopes call best": gliding(Glide(balance=0.0, least=0.01)),
     "gliding, never taken back": gliding(Glide(tolerance=1e9)),
+    "gliding with μ up to 0.9": gliding(Glide(most=0.9)),
     "gliding from the sixth step on": gliding(Glide(first=5)),
     "full steps rarer more slowly: ten for each gap": gliding(Glide(first=10, patience=10)),
     "always the plane, never gliding": plane(NOISE),
