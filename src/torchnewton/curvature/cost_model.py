@@ -5,7 +5,7 @@ sample at the cut, L places, K inputs and O outputs of a place (linear: L = 1), 
 
 | way | before the first product | each product |
 |---|---|---|
-| kept double backward | 0 | 4 F |
+| kept double backward | 0 | 4 F, with half of e |
 | explicit layer factors | (M + 1)F + Σ r N M T | 2 F + Σ r N M T |
 | dense matrix | rows + 2 n P² + e P² | |
 | Gram matrix, linear | cotangents + n² O + e n² | |
@@ -39,13 +39,14 @@ def gauss_newton_costs(tape: Tape, explicit: LayerJacobian | None, num_products:
 
     `explicit` is None where the Jacobian is fixed to kept double backward.
     """
-    forward, calls = _forward_work(tape), CALL * len(tape.layer_calls)
+    passes_over = PASS * sum(call.output_shape.numel() for call in tape.layer_calls)
+    forward, calls = tape.forward_flops + passes_over, CALL * len(tape.layer_calls)
     groups, size = output_groups(tape), num_entries(tape.params)
     rows = sum(group.num_samples * group.width for group in groups)
     width = max((group.width for group in groups), default=0)
     setup, passes = (2 + 4 * width) * (forward + calls), 2 + 4 * width
     gram, gram_reads = float(rows) ** 2 * size, 0.0
-    products = Costs(product=4 * (forward + calls))
+    products = Costs(product=4 * (tape.forward_flops + calls) + 2 * passes_over)
     if explicit is not None:
         share = explicit.expected_coverage
         reads = READ * sum(explicit.entries_at_cut(layer) * width for layer in explicit.layers)
@@ -94,8 +95,3 @@ def gram_by_rows(layer: Paired, width: int) -> float:
     outputs = layer.output_shape.numel() / (layer.num_samples * layer.places)
     rows = layer.num_samples * width
     return (2.0 * rows * layer.places + float(rows) ** 2) * outputs * layer.fan_in
-
-
-def _forward_work(tape: Tape) -> float:
-    """The same in operations of matrix products."""
-    return sum(call.flops + PASS * call.output_shape.numel() for call in tape.layer_calls)
