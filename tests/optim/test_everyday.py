@@ -209,6 +209,23 @@ def test_another_optimizer_gets_its_gradients() -> None:
         other.step()
 
 
+def test_points_of_a_loss_with_derivatives_are_not_differentiated_by() -> None:
+    """Which would cost as much again as the gradient."""
+    model, x = perceptron(), batch(0)[0].requires_grad_()
+    optimizer = tn.Newton(model.parameters())
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        (slope,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+        loss = F.mse_loss(slope, torch.ones_like(slope))
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    assert optimizer.report.accepted
+    assert x.grad is None
+
+
 def test_the_first_step_is_tried_again_with_a_larger_damping() -> None:
     """Where it is rejected since there is no product with the curvature: the closure is defined at one point alone."""
     p = nn.Parameter(torch.ones(3))

@@ -129,8 +129,9 @@ class Remembers(CompleteState):
                     state.pop(name, None)
             if self._running is not None:
                 self._running.load_state_dict(self._untaught)
-            kept = ("checked", "warned") if self.choice is not None else tuple(memory.keys() - {"last"})
-            memory.update({name: value for name, value in self._first_memory().items() if name not in kept})
+            memory["last"] = None
+            if self.choice is not None:
+                memory.update({**self._first_memory(), "checked": memory["checked"], "warned": memory["warned"]})
         memory["trained"] = trained
 
     def _set_anchor(self, params: Iterable[Tensor]) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from torchnewton.record.errors import RecordError
@@ -76,19 +76,22 @@ def filled(found: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tenso
     return [torch.zeros_like(t) if g is None else g for g, t in zip(found, like, strict=True)]
 
 
-def inspected(loss: Edge) -> tuple[bool, list[Tensor]]:
-    """Whether custom functions are in the graph, and its leaves; raises for reentrant checkpoints, which hide some."""
-    custom, leaves = False, []
+def inspected(loss: Edge) -> tuple[bool, list[nn.Parameter]]:
+    """Whether custom functions are in the graph, and its parameters; raises for reentrant checkpoints, which hide some.
+
+    Other leaves, as the points of a physics-informed loss, are left out: to differentiate by them costs as much again.
+    """
+    custom, parameters = False, []
     for node, _ in walk([loss]):
-        if (leaf := getattr(node, "variable", None)) is not None:
-            leaves.append(leaf)
+        if isinstance(leaf := getattr(node, "variable", None), nn.Parameter):
+            parameters.append(leaf)
         if node.name() == "CheckpointFunctionBackward":
             raise RecordError(
                 "reentrant checkpointing hides parameters from a second derivative: call "
                 "torch.utils.checkpoint.checkpoint(..., use_reentrant=False)."
             )
         custom = custom or isinstance(node, torch.autograd.function.BackwardCFunction)
-    return custom, leaves
+    return custom, parameters
 
 
 def refuse_once_differentiable(tensors: Iterable[Tensor]) -> None:

@@ -227,12 +227,12 @@ class Recorder(Watcher):
     def on_backward(self, loss: Tensor, weight: Tensor) -> None:
         """Differentiate at once, since the closure may read `param.grad` next.
 
-        Other leaves, as of another optimizer, get their gradients as from `backward`, too.
+        Other parameters, as of another optimizer, get their gradients as from `backward`, too.
         """
         term = self.add_term(loss, weight)
-        others = [leaf for leaf in term.leaves if id(leaf) not in self._ids]
-        known = {id(leaf) for leaf in self.others}
-        self.others += [leaf for leaf in others if id(leaf) not in known]
+        others = [p for p in term.parameters if id(p) not in self._ids]
+        known = {id(p) for p in self.others}
+        self.others += [p for p in others if id(p) not in known]
         gradient = [*term.gradient, *grad([edge_of(loss)], others, [weight])]
         for p, g in zip([*self.params, *others], gradient, strict=True):
             if g is not None:

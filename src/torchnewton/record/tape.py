@@ -33,8 +33,8 @@ class Tape:
     """What one run of a closure leaves: the loss, its gradient, and where the loss splits into ℓ(z).
 
     The objective is a sum of `terms`, one for each `backward` call of the closure, or the returned loss alone. The
-    tape keeps the graph alive: drop it when the step is done. `others` are leaves beside `params` whose gradients a
-    `backward` call of the closure has filled.
+    tape keeps the graph alive: drop it when the step is done. `others` are parameters beside `params` whose gradients
+    a `backward` call of the closure has filled.
     """
 
     closure: Closure
@@ -194,8 +194,8 @@ def record(closure: Closure, params: Sequence[Tensor], *, create_graph: bool = T
     """Run `closure` once, unchanged, and keep what Newton-type methods need.
 
     The closure returns the scalar loss f. It may call `zero_grad()` and `backward()`; then `param.grad` is filled as
-    `backward` would, and several `backward` calls add up to the objective. Parameters are `params`; other leaves of
-    the graph get their gradients from `backward`, no more, which costs another backward pass: set
+    `backward` would, and several `backward` calls add up to the objective. The objective is one of `params`; each
+    other `nn.Parameter` in the graph gets its gradient from `backward`, no more, which costs another backward pass: set
     `requires_grad_(False)` for those that nobody trains.
 
     With `create_graph` the backward pass keeps its own graph, so that the first curvature product costs no more than

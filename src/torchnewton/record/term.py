@@ -118,7 +118,7 @@ class Term:
         self.value = (loss.detach() * weight).sum()
         start = edge_of(loss)
         self._start, self._weight = start, weight.detach()
-        self._custom, self.leaves = inspected(start)
+        self._custom, self.parameters = inspected(start)
         self.pieces, self.rest = _pieces(loss, weight, candidates, marked, self.params)
         places = {edge: z for piece in self.pieces for edge, z in zip(piece.edges, piece.outputs, strict=True)}
         self.edges, self.outputs = list(places), list(places.values())
