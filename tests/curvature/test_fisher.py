@@ -243,6 +243,8 @@ def test_misuse():
     with pytest.raises(ValueError, match="reduction='none'"):
         fisher(model, lambda: F.cross_entropy(model(X), Y), reduction="none")
     with pytest.raises(tn.RecordError, match="no split"):
+        tn.EmpiricalFisher(tn.record(lambda: model(X).abs().sum(), params))
+    with pytest.raises(ValueError, match='reduction="mean"'):
         tn.EmpiricalFisher(tn.record(lambda: model(X).square().sum(), params))
 
 

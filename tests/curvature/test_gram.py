@@ -83,13 +83,44 @@ def test_gram_of_the_zoo(name):
     assert_close(flat(K.pull_back(K.product(v))), G @ flat(v))
 
 
-@pytest.mark.parametrize(
-    "name", ["batchnorm1d", "batch-in-the-middle", "scalar-output", "custom-loss-that-mixes-samples"]
-)
-def test_gram_needs_samples(name):
-    p = ZOO[name](DOUBLE)
+def test_gram_needs_samples():
+    p = ZOO["custom-loss-that-mixes-samples"](DOUBLE)
     with pytest.raises(NotPerSampleError):
         Gram(tn.record(p.closure, p.params))
+
+
+@pytest.mark.parametrize("name", ["batchnorm1d", "batch-in-the-middle", "scalar-output"])
+def test_a_few_outputs_need_no_samples(name, monkeypatch):
+    """Each takes a backward pass of its own."""
+    p, same = ZOO[name](DOUBLE), ZOO[name](DOUBLE)
+    expected = dense_reference(same.params, same.outputs, same.loss).gauss_newton
+    tape = tn.record(p.closure, p.params)
+    assert tn.GaussNewton(tape).can_factor()
+    assert_close(tn.GaussNewton(tape).to_dense(), expected)
+    assert_close(torch.trace(Gram(tape).to_dense()), torch.trace(expected))
+    monkeypatch.setattr("torchnewton.curvature.dense.MOST_ALONE", 0)
+    with pytest.raises(NotPerSampleError):
+        Gram(tn.record(p.closure, p.params))
+
+
+def test_initial_values_beside_residuals():
+    """Outputs of a residual by sample, of two values without samples and of two samples among them."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(1, 6), nn.Tanh(), nn.Linear(6, 1)).double()
+    t = torch.linspace(0, 1, 30, dtype=DOUBLE)[:, None].requires_grad_()
+
+    def outputs():
+        u = model(t)
+        (slope,) = torch.autograd.grad(u.sum(), t, create_graph=True)
+        return [slope + u, u[0, 0] - 1, slope[0, 0], u[[3, 7], 0], u.mean()]
+
+    def loss(r, a, b, pair, mean):
+        return (r**2).mean() + a**2 + 2 * b**2 + (pair**2).sum() + mean**2
+
+    params = list(model.parameters())
+    G = tn.GaussNewton(tn.record(lambda: loss(*outputs()), params))
+    assert G.can_factor()
+    assert_close(G.to_dense(), dense_reference(params, outputs, loss).gauss_newton)
 
 
 def test_gram_in_float32_is_formed_in_the_precision_asked_for():
@@ -240,7 +271,7 @@ def test_samples_mixed_behind_a_small_layer(scale):
     gain = nn.Parameter(torch.ones(4))
     with torch.no_grad():
         b.weight.mul_(scale)
-    params, x, y = [*a.parameters(), gain, *b.parameters()], torch.randn(8, 3), torch.randn(8, 2)
+    params, x, y = [*a.parameters(), gain, *b.parameters()], torch.randn(16, 3), torch.randn(16, 2)
     tape = tn.record(lambda: F.mse_loss(b(torch.tanh(norm(a(x)) * gain)), y), params)
     with pytest.raises(NotPerSampleError):
         tn.Gram(tape)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -109,6 +110,35 @@ def test_where_factorizations_are_dear_it_stays_in_the_plane():
     assert {r.regime for r in reports} == {"plane"}
     assert reports[5].solver == "plane of 2 directions"
     assert reports[-1].loss < 0.1 * reports[0].loss
+
+
+def test_on_the_same_data_exact_steps_may_cost_more():
+    """A pendulum, its equation written by hand; the two initial values are outputs without samples."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(1, 20), nn.Tanh(), nn.Linear(20, 20), nn.Tanh(), nn.Linear(20, 1)).double()
+    t = torch.linspace(0, 2, 60, dtype=torch.float64)[:, None].requires_grad_()
+    optimizer = tn.Newton(model.parameters())
+    assert optimizer.choice is not None
+    optimizer.choice = replace(optimizer.choice, gradients=0.0, flops=1e7)  # dear, but not beyond patience
+
+    def closure():
+        optimizer.zero_grad()
+        u = model(t)
+        (velocity,) = torch.autograd.grad(u.sum(), t, create_graph=True)
+        (force,) = torch.autograd.grad(velocity.sum(), t, create_graph=True)
+        loss = ((force + torch.sin(u)) ** 2).mean() + (u[0, 0] - 1) ** 2 + velocity[0, 0] ** 2
+        loss.backward()
+        return loss
+
+    for step in range(60):
+        loss = optimizer.step(closure)
+        assert optimizer.report.regime == ("exact" if step else "plane")
+    assert loss < 1e-9
+    dear = tn.Newton(model.parameters())
+    dear.choice = replace(optimizer.choice, patience=1.0)
+    for _ in range(3):
+        dear.step(closure)
+    assert dear.report.regime == "plane"
 
 
 @pytest.mark.parametrize("factor", [1e-3, 1e3])

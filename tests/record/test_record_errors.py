@@ -19,7 +19,7 @@ def linear() -> nn.Module:
 
 
 def hand_written(model: nn.Module) -> torch.Tensor:
-    return model(X).exp().sum()
+    return model(X).abs().sum()
 
 
 def log_probabilities_without_softmax(model: nn.Module) -> torch.Tensor:

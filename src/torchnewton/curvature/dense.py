@@ -15,28 +15,50 @@ from torchnewton.record import NotPerSampleError, PerSample, Tape
 from torchnewton.vectors import flatten, num_entries
 
 MOST_ROW_ENTRIES = 5e8  # numbers of the rows
+MOST_ALONE = 20  # outputs whose rows take a backward pass each
 
 
 def replayed_rows(tape: Tape) -> StoredRows:
     """R = B^½J from a replay of the closure in which every sample has its own copy of the parameters.
 
     It holds for derivatives inside the loss as well. Cost: a forward pass and a backward pass for each of the M numbers
-    a sample has in the outputs. Checked against ordinary products with random vectors; raises `NotPerSampleError` when
-    the closure mixes samples (BatchNorm, a loss over pairs), a call cannot be taken apart, or there are more than
+    a sample has in the outputs. Checked against ordinary products with random vectors. Where that cannot be, up to
+    `MOST_ALONE` outputs take a backward pass each: an initial value, an integral. Raises `NotPerSampleError` when the
+    closure mixes samples (BatchNorm, a loss over pairs), a call cannot be taken apart, or there are more than
     `MOST_ROW_ENTRIES` numbers.
     """
     groups, size = output_groups(tape), num_entries(tape.params)
-    if not groups or any(z.dim() == 0 for z in tape.outputs):
-        raise NotPerSampleError("an output has no sample dimension")
+    if not groups:
+        raise NotPerSampleError("there are no outputs")
     if sum(group.num_samples * group.width for group in groups) * size > MOST_ROW_ENTRIES:
         raise NotPerSampleError(f"the rows of the Jacobian, {size} numbers each, are too many")
-    outputs, replay = tape.per_sample()
     parts = []
+    replayed: tuple[list[Tensor], PerSample] | None = None
     for group in groups:
-        rows = _rows(tape, tape.of_term(outputs, group.term), replay, group)
-        _check(tape, group, rows)
+        try:
+            if group.num_samples == 1:
+                raise NotPerSampleError("an output has no sample dimension")
+            outputs, replay = replayed = replayed or tape.per_sample()
+            rows = _rows(tape, tape.of_term(outputs, group.term), replay, group)
+            _check(tape, group, rows)
+        except NotPerSampleError:
+            if group.num_samples * group.width > MOST_ALONE:
+                raise
+            rows = _rows_alone(tape, group)
         parts.append(output_root(tape.terms[group.term], group).weigh(rows).flatten(0, 1))
     return StoredRows(torch.cat(parts) if len(parts) > 1 else parts[0], tape.params)
+
+
+def _rows_alone(tape: Tape, group: OutputGroup) -> Tensor:
+    """∂z/∂θ, N × M × P, by a backward pass for each number."""
+    term, rows = tape.terms[group.term], []
+    for i in range(group.num_samples * group.width):
+        unit = torch.zeros(group.num_samples, group.width, dtype=tape.params[0].dtype, device=tape.params[0].device)
+        unit.view(-1)[i] = 1
+        parts = [torch.zeros_like(z, memory_format=torch.contiguous_format) for z in term.outputs]
+        group.add(unit, parts)
+        rows.append(flatten(term.jacobian_adjoint(parts)))
+    return torch.stack(rows).view(group.num_samples, group.width, -1)
 
 
 def _rows(tape: Tape, again: list[Tensor], replay: PerSample, group: OutputGroup) -> Tensor:

@@ -57,7 +57,7 @@ class EmpiricalFisher(LinearOperator):
 
     Shapes: P×P with P parameters. Cost: as `GaussNewton`. Memory: one more tensor like each output.
     Errors: `RecordError` when the loss has no split; `ValueError` for weights of both signs within one loss, and
-    without `reduction` for marked outputs.
+    without `reduction` for marked outputs and losses written by hand.
     Source: Kunstner, Balles, Hennig, "Limitations of the empirical Fisher approximation", 2019, equation 3.
 
     >>> theta = torch.tensor([1.0, 2.0], requires_grad=True)
@@ -215,8 +215,8 @@ def _divisor(piece: Piece, num_samples: int, reduction: Reduction | None) -> flo
         return piece.divisor()
     if reduction is None:
         raise ValueError(
-            "EmpiricalFisher: a loss of marked outputs does not tell how it combines its samples; say "
-            'reduction="mean" or reduction="sum".'
+            "EmpiricalFisher: a loss of marked outputs or one written by hand does not tell how it combines samples; "
+            'say reduction="mean" or reduction="sum".'
         )
     return float(num_samples) if reduction == "mean" else 1.0
 

@@ -34,13 +34,13 @@ class OutputGroup:
 
 
 def output_groups(tape: Tape) -> list[OutputGroup]:
-    """The outputs by term and number of samples; those without samples or without a sample dimension are left out."""
+    """The outputs by term and number of samples, 1 for a single number; those without samples are left out."""
     groups = []
     for number, term in enumerate(tape.terms):
         members: dict[int, list[int]] = {}
         for i, z in enumerate(term.outputs):
-            if z.dim() and z.shape[0]:
-                members.setdefault(z.shape[0], []).append(i)
+            if z.numel():
+                members.setdefault(z.shape[0] if z.dim() else 1, []).append(i)
         for n, found in members.items():
             width = sum(term.outputs[i].numel() for i in found) // n
             groups.append(OutputGroup(number, tuple(found), n, width))

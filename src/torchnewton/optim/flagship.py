@@ -171,6 +171,8 @@ class Flagship(Remembers):
                 return ""
             if was_bold:
                 return "steps that trust their batches have raised the loss: taken back"
+        if same_data:
+            before = choice.asked_for_same_data(before, point.tape, point.share)
         state, failed = choice.next(before, memory["step"], same_data)
         self._use(state, before)
         if state.exact and not before.exact and state.trial:
@@ -202,7 +204,7 @@ class Flagship(Remembers):
     def _without_exact_steps(self, point: Point, error: BaseException) -> Any:
         """After an exact step that the closure does not allow, and that was undone: there will be no other."""
         before = RegimeState(**self._memory["regime"])
-        self._use(replace(before, exact=False, price=math.inf, evidence=0.0, trial=0), before)
+        self._use(replace(before, exact=False, price=math.inf, fixed=False, evidence=0.0, trial=0), before)
         self.report.accepted = False
         self.report.status = f"rejected: no exact step can be made, the next will be in the plane: {error}"
         return point.returned

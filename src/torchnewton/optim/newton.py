@@ -323,7 +323,7 @@ class Newton(Flagship):
                 point.settled_by(tape)
             assert isinstance(tape, Tape)  # for mypy: streamed is above
             A = share.operator(self.curvature(tape))
-        if tape.has_rest and not A.covers_whole_loss and not self._memory["warned"]:
+        if tape.lacks_curvature and not A.covers_whole_loss and not self._memory["warned"]:
             self._memory["warned"] = True
             warn_about_rest()
         if len(set(point.weight_decay)) == 1:

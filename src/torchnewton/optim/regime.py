@@ -43,7 +43,7 @@ def _for_plane(tape: Tape) -> GaussNewton:
 
 
 # One batch says enough: its Gauss-Newton matrix, factorized.
-EXACT = Regime(GaussNewton, Auto(), AutoDamping(), GeodesicAcceleration(), preconditioned=False)
+EXACT = Regime(GaussNewton, Auto(expected_iterations=1000), AutoDamping(), GeodesicAcceleration(), preconditioned=False)
 
 # It does not: Kronecker factors of many, and the batch's own matrix in the plane of their direction and the last step.
 PLANE = Regime(
@@ -60,13 +60,15 @@ class RegimeState:
     """What is remembered between steps; replaced, never changed.
 
     `exact` says which regime the last step was made in, None before the first; `price` how many steps in `PLANE` an
-    exact one costs, infinite where it cannot be had or afforded. `evidence` is what the new ratios say for exact steps,
+    exact one costs, infinite where it cannot be had or afforded; `fixed` whether it can on the same data, where it may
+    cost more, None before that was asked. `evidence` is what the new ratios say for exact steps,
     `trial` counts the steps of a trial that are left, `next_trial` is the number of the step at which one begins.
     `other` are λ and its unit in the regime not in use.
     """
 
     exact: bool | None = None
     price: float = math.inf
+    fixed: bool | None = None
     evidence: float = 0.0
     trial: int = 0
     next_trial: int = 0
@@ -82,8 +84,9 @@ class RegimeState:
 class RegimeChoice:
     """`EXACT` where a factorization is cheap and its steps help on other data, else `PLANE`.
 
-    A factorization is cheap where `Auto` finds one of at most `gradients` gradients or `flops` operations. Then a step
-    on the same data as the last is `EXACT`. The first is made in `PLANE`, since nothing is known of its data.
+    A factorization is cheap where `Auto` finds one of at most `gradients` gradients or `flops` operations. A step on
+    the same data as the last is `EXACT` where it takes at most `patience` times that: nothing but digits is left to be
+    gained there, and these the plane does not give. The first is made in `PLANE`, since nothing is known of its data.
 
     Where a step comes with other data, the last one is judged on them: its new ratio r is the reduction there over
     the reduction predicted. An exact step fits its batch, noise included, and with noise that is no progress: new
@@ -104,6 +107,7 @@ class RegimeChoice:
 
     gradients: float = 20.0
     flops: float = 6e9
+    patience: float = 50.0
     first_trial: int = 40
     growth: int = 20
     trial: int = 20
@@ -112,7 +116,7 @@ class RegimeChoice:
     glide: Glide | None = field(default_factory=Glide)
     bold: Bold | None = field(default_factory=Bold)
 
-    def price(self, tape: Tape | StreamedTape, share: Alone) -> float:
+    def price(self, tape: Tape | StreamedTape, share: Alone, patience: float = 1.0) -> float:
         """How many steps in `PLANE` one in `EXACT` costs, infinite if too many; the same on all ranks."""
         if not self.allows_plane(tape):
             return 0.0
@@ -120,8 +124,14 @@ class RegimeChoice:
         options = Auto().options(A, tape.params)
         cheapest = min((flops for name, (flops, _) in options.items() if name != "CG"), default=math.inf)
         gradient = share.largest(3 * tape.forward_flops)
-        affordable = cheapest <= max(self.flops, self.gradients * gradient) and A.can_factor()
+        affordable = cheapest <= patience * max(self.flops, self.gradients * gradient) and A.can_factor()
         return (cheapest + CALLS) / (gradient + CALLS) if affordable else math.inf
+
+    def asked_for_same_data(self, state: RegimeState, tape: Tape | StreamedTape, share: Alone) -> RegimeState:
+        """With the answer whether exact steps can be had on the same data."""
+        if state.exact or state.fixed is not None:
+            return state
+        return replace(state, fixed=state.cheap or math.isfinite(self.price(tape, share, self.patience)))
 
     def allows_plane(self, tape: Tape | StreamedTape) -> TypeGuard[Tape]:
         """Whether Kronecker factors can be made of this tape."""
@@ -142,7 +152,7 @@ class RegimeChoice:
     def next(self, state: RegimeState, step: int, same_data: bool) -> tuple[RegimeState, bool]:
         """The state for step number `step`, and whether a trial has failed."""
         if not state.exact:
-            if state.cheap and same_data:
+            if state.fixed and same_data:
                 return replace(state, exact=True, evidence=0.0), False
             if not state.cheap or step < state.next_trial:
                 return state, False

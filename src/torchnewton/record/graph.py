@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -28,14 +28,21 @@ def edge_of(tensor: Tensor) -> Edge:
     return edge.node, edge.output_nr
 
 
-def walk(starts: Iterable[Edge], stop: Container[Edge] = ()) -> Iterator[Edge]:
-    """Every edge of the graph behind `starts` with them, not going behind those in `stop`."""
+def kind_of(node: Node) -> str:
+    """The operation of a node: "Mul" for MulBackward0."""
+    return node.name().rstrip("0123456789").removesuffix("Backward")
+
+
+def walk(
+    starts: Iterable[Edge], stop: Container[Edge] = (), passed: Callable[[Node], bool] | None = None
+) -> Iterator[Edge]:
+    """Every edge of the graph behind `starts` with them, not going behind those in `stop`, nor nodes not `passed`."""
     stack = list(starts)
     seen = set(stack)
     while stack:
         current = stack.pop()
         yield current
-        if current in stop:
+        if current in stop or (passed is not None and not passed(current[0])):
             continue
         for node, number in current[0].next_functions:
             if node is not None and (node, number) not in seen:

@@ -12,7 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import Node
 
+from torchnewton.record.graph import kind_of
+
 Function = Callable[..., Any]
+Activations = Mapping[Node, tuple[Function, Tensor]]  # by the node of its result: a call and its input
 
 
 @dataclass(frozen=True)
@@ -38,11 +41,14 @@ ACTIVATIONS = SOFTMAX | SIGMOID
 
 GUARD = 1e-6  # up to which log(p + GUARD) counts as log(p): what is convex of it ends near p = GUARD
 _ADDITIONS = {torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__}
-_CONVEX = """Alias AsStrided Clamp ClampMax ClampMin Clone Diagonal Expand Flip Gather Index IndexSelect MaskedSelect
- Permute Repeat ReshapeAlias Roll Select Slice Split SplitWithSizes Squeeze T Take ToCopy Transpose Unbind Unfold
- UnsafeSplit UnsafeView Unsqueeze View Redistribute _FromTorchTensor _ToTorchTensor"""
-_CONVEX_NODES = frozenset(_CONVEX.split())
+_VIEWS = """Alias AsStrided Clone Diagonal Expand Flip Gather Index IndexSelect MaskedSelect Permute Repeat ReshapeAlias
+ Roll Select Slice Split SplitWithSizes Squeeze T Take ToCopy Transpose Unbind Unfold UnsafeSplit UnsafeView Unsqueeze
+ View Redistribute _FromTorchTensor _ToTorchTensor"""
+_VIEW_NODES = frozenset(_VIEWS.split())
+_CLAMPS = {"Clamp", "ClampMax", "ClampMin"}
 _SUMS = {"Mean", "Sum"}  # of logarithms
+_LINEAR = "Add Addcmul Cat Cumsum Div Dot MaskedFill Mul Nansum Neg Rsub Stack Sub Where"
+LINEAR_NODES = _VIEW_NODES | _SUMS | frozenset(_LINEAR.split())
 
 _BOTH = LossRule(("input", "target"))
 LOSSES: Mapping[Function, LossRule] = {
@@ -64,14 +70,14 @@ def split_inputs(
     rule: LossRule,
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
-    activations: Mapping[Node, tuple[Function, Tensor]],
+    activations: Activations,
 ) -> list[Tensor]:
     """The tensors z of one loss call: its differentiable arguments, or the input of the activation that feeds it."""
     values = [args[i] if i < len(args) else kwargs.get(name) for i, name in enumerate(rule.arguments)]
     tensors = [value for value in values if isinstance(value, Tensor) and value.requires_grad]
     if not rule.activations or not tensors:
         return tensors
-    source = _activation_behind(tensors[0], rule.activations, activations)
+    source = activation_behind(tensors[0], rule.activations, activations)
     if source is not None:
         return [source]
     return [] if rule.linear else tensors
@@ -135,21 +141,25 @@ def is_guard(function: Function, args: Sequence[Any]) -> bool:
     return function in _ADDITIONS and len(args) == 2 and isinstance(args[1], float) and 0 <= args[1] <= GUARD
 
 
-def _activation_behind(
-    tensor: Tensor, wanted: frozenset[Function], activations: Mapping[Node, tuple[Function, Tensor]]
+def activation_behind(
+    tensor: Tensor, wanted: frozenset[Function], activations: Activations, logs: int = 0
 ) -> Tensor | None:
     """Follow what leaves the loss convex back from `tensor` to a wanted activation's input: views, selections, copies,
-    casts, clamps (which only take curvature away), over a softmax one logarithm, and sums of logarithms."""
-    node, logs, sums = tensor.grad_fn, 0, False
+    casts, clamps (which only take curvature away), over a softmax one logarithm, and sums of logarithms.
+
+    `logs` is the number of logarithms in front of `tensor`; those of a binary cross entropy count for none.
+    """
+    node, needed, sums = tensor.grad_fn, logs, False
     while node is not None:
         if node in activations and activations[node][0] in wanted:
             function, source = activations[node]
-            convex = logs == (function.__name__ == "softmax") and not (sums and function in SIGMOID)
-            return source if convex else None
-        kind = node.name().rstrip("0123456789").removesuffix("Backward")
+            if function in SIGMOID:
+                return None if sums or logs != needed else source
+            return source if logs == (function.__name__ == "softmax") else None
+        kind = kind_of(node)
         logs += kind == "Log"
         sums |= kind in _SUMS
-        known = kind == "Log" or kind in _CONVEX_NODES or (kind in _SUMS and logs == 0)
+        known = kind == "Log" or kind in _VIEW_NODES or kind in _CLAMPS or (kind in _SUMS and logs == 0)
         parents = [parent for parent, _ in node.next_functions if parent is not None]
         node = parents[0] if len(parents) == 1 and known else None
     return None

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_
 
 from torchnewton.record.batch_norm import BatchNormCall
 from torchnewton.record.convolution import CONVOLUTIONS, ConvolutionCall
+from torchnewton.record.elementary import ELEMENTARY, NORMS, Elementary, is_complement
 from torchnewton.record.errors import RecordError
 from torchnewton.record.flops import flops, is_product
 from torchnewton.record.graph import Edge, edge_of, grad
@@ -24,6 +25,7 @@ from torchnewton.record.linear import LinearCall
 from torchnewton.record.losses import (
     ACTIVATIONS,
     LOSSES,
+    SIGMOID,
     Function,
     divisor,
     is_guard,
@@ -179,7 +181,7 @@ class Watcher(TorchFunctionMode):
         return args[0] if func is outputs else func(*args, **kwargs)
 
 
-_NUMBERED = {*LOSSES, *ACTIVATIONS, outputs}
+_NUMBERED = {*LOSSES, *ACTIVATIONS, *ELEMENTARY, outputs}
 Place = tuple[int, int]  # of a tensor: the number of a loss or activation call, and which of its tensors
 
 
@@ -276,17 +278,34 @@ class Recorder(Watcher):
                     func.__name__,
                     inputs,
                     output,
-                    partial(divisor, func, args, kwargs),
-                    partial(reduction, func, args, kwargs),
-                    partial(num_samples, func, args, kwargs),
+                    divisor=partial(divisor, func, args, kwargs),
+                    reduction=partial(reduction, func, args, kwargs),
+                    num_samples=partial(num_samples, func, args, kwargs),
                 )
                 self._place(candidate, self.candidates)
-        elif func in ACTIVATIONS and output.grad_fn is not None:
-            self._activations[output.grad_fn] = (func, args[0] if args else kwargs["input"])
-        elif output.grad_fn is not None and is_guard(func, args) and args[0].grad_fn in self._activations:
-            self._activations[output.grad_fn] = self._activations[args[0].grad_fn]
-        elif self._uses_parameter(args, kwargs) or (self._made and is_product(func)):
+            return
+        if func not in ACTIVATIONS and (self._uses_parameter(args, kwargs) or (self._made and is_product(func))):
             self._keep_layer(func, args, kwargs, output)
+        self._keep_elementary(func, args, kwargs, output)
+
+    def _keep_elementary(self, func: Function, args: Sequence[Any], kwargs: Mapping[str, Any], output: Tensor) -> None:
+        """What may be a part of a loss that is written by hand, and what stands in front of one."""
+        activations, node = self._activations, output.grad_fn
+        if node is None:
+            return
+        if func in ACTIVATIONS or func in NORMS:
+            activations[node] = (func, args[0] if args else kwargs["input"])
+        elif is_guard(func, args) or is_complement(func, args):
+            behind = activations.get(args[0].grad_fn)
+            if behind is not None and (behind[0] in SIGMOID or is_guard(func, args)):
+                activations[node] = behind
+        found = Elementary.of(func, args, kwargs, output, activations)
+        if found is not None:
+            is_penalty = id(found.z) in self._ids or id(found.z) in self._made
+            candidate = Candidate.of(
+                func.__name__, [found.z], output, num_samples=found.num_samples, form=found, is_penalty=is_penalty
+            )
+            self._place(candidate, self.candidates)
 
     def _keep_layer(self, func: Function, args: Sequence[Any], kwargs: Mapping[str, Any], output: Tensor) -> None:
         tensors = (*tensors_in(args), *tensors_in(kwargs))

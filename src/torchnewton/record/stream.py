@@ -35,7 +35,7 @@ class StreamedTape:
     def __init__(self, objective: Objective, params: Sequence[Tensor], visit: Visit | None = None) -> None:
         self.objective = objective
         self.params = list(params)
-        self.has_rest = False
+        self.lacks_curvature = False
         self.forward_flops = 0.0
         self._differentiates_parameters = False
         self._devices = [p.device for p in self.params]
@@ -55,7 +55,7 @@ class StreamedTape:
 
     def _first(self, tape: Tape, weight: float, visit: Visit | None) -> None:
         vectors.add_(self.gradient, tape.gradient, weight)
-        self.has_rest |= tape.has_rest
+        self.lacks_curvature |= tape.has_rest
         self.forward_flops += tape.forward_flops
         self._differentiates_parameters |= tape.differentiates_parameters
         if visit is not None:

@@ -102,14 +102,21 @@ class Tape:
         """Whether part of the loss reaches the parameters beside the outputs."""
         return any(term.rest for term in self.terms)
 
+    @property
+    def lacks_curvature(self) -> bool:
+        """Whether a part of the loss beside the outputs has curvature that a Gauss-Newton matrix does not know."""
+        return any(term.lacks_curvature for term in self.terms)
+
     def require_split(self) -> None:
         """Raise `RecordError` unless every term has outputs."""
         if not all(term.outputs for term in self.terms):
             raise RecordError(
                 "no split of the loss into outputs and a convex loss was found, which a Gauss-Newton matrix needs. "
                 "Either compute the loss with a loss of torch.nn.functional (cross_entropy, mse_loss, "
-                "binary_cross_entropy_with_logits, huber_loss, nll_loss after log_softmax, …), or mark the network's "
-                "outputs: loss = my_loss(tn.outputs(model(x)), y)."
+                "binary_cross_entropy_with_logits, huber_loss, nll_loss after log_softmax, …) or as a sum of squares, "
+                "norms or log-probabilities, or mark the network's outputs: loss = my_loss(tn.outputs(model(x)), y). "
+                "Where a target is computed from the output that is compared with it, take the square of their "
+                "difference."
             )
 
     def evaluate(self) -> float:
