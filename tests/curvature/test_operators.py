@@ -232,6 +232,16 @@ def test_blocks_of_curvature(name, make):
     assert B.is_positive_semidefinite == A.is_positive_semidefinite
 
 
+def test_blocks_cost_and_cover_what_their_products_do():
+    """One product with the blocks takes one with the Hessian for each of them."""
+    p = ZOO["mlp"](torch.float64)
+    H = tn.Hessian(tn.record(p.closure, p.params))
+    blocks = H.blocks()
+    assert blocks.covers_whole_loss
+    assert blocks.gradients_per_product == len(p.params) * H.gradients_per_product
+    assert (blocks.path, blocks.can_factor()) == (H.path, H.can_factor())
+
+
 def test_misuse_of_blocks():
     A = CASES["symmetric"][0]
     with pytest.raises(ValueError, match="none of A's parameters"):

@@ -172,6 +172,11 @@ class EmpiricalFisher(LinearOperator):
         return self._rows_of_samples is not None
 
     @property
+    def gradients_per_product(self) -> float:
+        """Those of the Jacobian."""
+        return self._gauss_newton.jacobian.gradients_per_product
+
+    @property
     def path(self) -> str:
         """How products are made."""
         return self._gauss_newton.jacobian.path
