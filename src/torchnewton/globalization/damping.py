@@ -107,6 +107,10 @@ class LevenbergMarquardt:
                 f"LevenbergMarquardt: initial={self.initial} must be between minimum={self.minimum} and "
                 f"maximum={self.maximum}."
             )
+        if not 0 <= self.lower <= self.upper:
+            raise ValueError(
+                f"LevenbergMarquardt: lower={self.lower} must not be negative, nor greater than upper={self.upper}."
+            )
         if not all(factor > 0 for factor in self.search):
             raise ValueError(f"LevenbergMarquardt: search={self.search} must be positive factors of the damping.")
 
@@ -147,6 +151,11 @@ class AutoDamping(LevenbergMarquardt):
     minimum: float = 1e-12
     unit: Unit = Unit.CURVATURE
     noise_limit: float = 0.03
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.noise_limit >= 0:
+            raise ValueError(f"AutoDamping: noise_limit={self.noise_limit} must not be negative.")
 
     def update(self, damping: float, reduction_ratio: float, step_length: float, num_steps: int) -> float:
         """See `Damping.update`."""

@@ -41,6 +41,8 @@ class Armijo:
     accept_last: bool = False
 
     def __post_init__(self) -> None:
+        if not 0 <= self.decrease < 1:
+            raise ValueError(f"Armijo: decrease={self.decrease} must be at least 0 and less than 1.")
         if not 0 < self.contraction < 1:
             raise ValueError(f"Armijo: contraction={self.contraction} must be between 0 and 1.")
         if self.max_halvings < 0:

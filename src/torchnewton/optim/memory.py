@@ -20,7 +20,7 @@ from torchnewton.optim.glide import GlideState
 from torchnewton.optim.regime import EXACT, PLANE, RegimeChoice, RegimeState
 from torchnewton.optim.report import StepReport
 from torchnewton.record import Tape
-from torchnewton.solvers import Operator, Solver, UsesPreviousStep
+from torchnewton.solvers import Operator, Solver, uses_previous_step
 from torchnewton.vectors import Vector
 
 Curvature = Callable[[Tape], LinearOperator]
@@ -31,8 +31,8 @@ def as_memory(state: BoldState | GlideState | RegimeState) -> dict[str, Any]:
     return dict(vars(state))
 
 
-class Preconditioner(Protocol):
-    """An approximation of (A + λI)⁻¹ with a memory."""
+class RunningPreconditioner(Protocol):
+    """An approximation of (A + λI)⁻¹ for every λ that learns from each step; `inverse` gives one to multiply with."""
 
     def update(self, tape: Tape, shared: Shared | None = None, /) -> float:
         """Learn from the step's tape, once a step; returns the passes through the network that took, in gradients.
@@ -61,12 +61,13 @@ class Remembers(CompleteState):
     solver: Solver
     damping: Damping
     acceleration: GeodesicAcceleration | None
-    preconditioner: Preconditioner | None
+    preconditioner: RunningPreconditioner | None
     trust_region: TrustRegion | None
     momentum: float
     choice: RegimeChoice | None
     report: StepReport
-    _running: Preconditioner | None
+    _correction: GeodesicAcceleration | None  # that of every regime that has one
+    _running: RunningPreconditioner | None
     _untaught: dict[str, Any]  # the state of `_running` before the first step
 
     def state_dict(self) -> dict[str, Any]:
@@ -93,7 +94,7 @@ class Remembers(CompleteState):
 
     @property
     def _needs_last_step(self) -> bool:
-        return isinstance(self.damping, LearnsFromNewData) or isinstance(self.solver, UsesPreviousStep)
+        return isinstance(self.damping, LearnsFromNewData) or uses_previous_step(self.solver)
 
     def _use_regime(self) -> None:
         """Take the parts of the regime that is remembered."""
@@ -102,7 +103,7 @@ class Remembers(CompleteState):
             return
         regime = EXACT if exact else PLANE
         self.curvature, self.solver, self.damping = regime.curvature, regime.solver, regime.damping
-        self.acceleration = regime.acceleration
+        self.acceleration = None if regime.acceleration is None else self._correction
         self.preconditioner = self._running if regime.preconditioned else None
 
     def _previous_step(self, params: Iterable[Tensor]) -> Vector | None:

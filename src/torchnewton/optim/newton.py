@@ -14,12 +14,23 @@ from torch import Tensor
 from torchnewton import vectors
 from torchnewton.curvature import KFAC, Diagonal, GaussNewton, LinearOperator
 from torchnewton.distributed import DataParallel, average_share, record_share, whole_parameters
-from torchnewton.globalization import Armijo, AutoDamping, Damping, LearnsFromNewData, LineSearch, TrustRegion, Unit
+from torchnewton.globalization import (
+    Armijo,
+    AutoDamping,
+    ConstantDamping,
+    Damping,
+    LearnsFromNewData,
+    LineSearch,
+    TrustRegion,
+    Unit,
+)
 from torchnewton.optim.acceleration import GeodesicAcceleration
+from torchnewton.optim.arguments import as_rule, check_curvature, check_parts
 from torchnewton.optim.complete_state import mark_initialized
 from torchnewton.optim.escape import SaddleEscape
+from torchnewton.optim.evaluation import check_ranges
 from torchnewton.optim.flagship import MOST_SOLVES_AGAIN, Flagship
-from torchnewton.optim.memory import Curvature, Preconditioner, as_memory
+from torchnewton.optim.memory import Curvature, RunningPreconditioner, as_memory
 from torchnewton.optim.point import Point
 from torchnewton.optim.regime import RegimeChoice, RegimeState
 from torchnewton.optim.report import StepReport
@@ -34,7 +45,7 @@ from torchnewton.record import (
     same_random_numbers,
     warn_about_rest,
 )
-from torchnewton.solvers import Auto, Operator, Solver, SolveResult, Status, UsesPreviousStep
+from torchnewton.solvers import Auto, Operator, Solver, SolveResult, Status, uses_previous_step
 from torchnewton.vectors import Vector
 
 
@@ -63,13 +74,14 @@ class Newton(Flagship):
         curvature: makes A from a tape; `GaussNewton`, also where only others of these five are given.
         solver: solves for d; likewise `Auto()`, which chooses between a factorization in the space of the parameters or
             of the outputs and CG.
-        damping: the rule for λ; likewise `AutoDamping()`.
-        line_search: chooses α; `Armijo()`.
+        damping: the rule for λ, or a number for a constant one; likewise `AutoDamping()`. (For a named method, which
+            has a rule of its own, a number is the first λ.)
+        line_search: chooses α; `Armijo()`. Any other chooses it in every step, so that none glides.
         trust_region: chooses α within a radius that the optimizer remembers, instead of `line_search`; none.
         momentum: β of a running average of the gradients that takes the place of g.
         preconditioner: approximates (A + λI)⁻¹ for an iterative solver and remembers earlier steps, as `KFAC()`.
-        acceleration: a second-order correction of d, made where a factorization exists to be used again; the two
-            sets have their own.
+        acceleration: a second-order correction of d, made where a factorization exists to be used again, so never in
+            "plane"; None for none.
         escape: the way out of a saddle, for a curvature that may be negative, with a `trust_region`; none.
         retries: how often a step that the line search refused is solved again in the same step with λ raised. The
             first of the two sets does so on its own, instead of shortening, on the data of the last step and where it
@@ -95,11 +107,11 @@ class Newton(Flagship):
         *,
         curvature: Curvature | None = None,
         solver: Solver | None = None,
-        damping: Damping | None = None,
+        damping: float | Damping | None = None,
         line_search: LineSearch | None = None,
         trust_region: TrustRegion | None = None,
         momentum: float = 0.0,
-        preconditioner: Preconditioner | None = None,
+        preconditioner: RunningPreconditioner | None = None,
         acceleration: GeodesicAcceleration | None = GeodesicAcceleration(),
         escape: SaddleEscape | None = None,
         retries: int = 0,
@@ -107,10 +119,15 @@ class Newton(Flagship):
         process_group: DataParallel | dist.ProcessGroup | None = None,
     ) -> None:
         name = type(self).__name__
-        if not weight_decay >= 0:
-            raise ValueError(f"{name}: weight_decay={weight_decay} must not be negative.")
-        if not 0 <= momentum < 1:
-            raise ValueError(f"{name}: momentum={momentum} must be at least 0 and less than 1.")
+        check_ranges(name, momentum=(momentum, 0, 1), weight_decay=(weight_decay, 0, math.inf))
+        check_curvature(name, GaussNewton if curvature is None else curvature)
+        damping = None if damping is None else as_rule(damping, ConstantDamping)
+        check_parts(name, solver=solver, damping=damping, preconditioner=preconditioner, acceleration=acceleration)
+        check_parts(name, line_search=line_search, trust_region=trust_region, escape=escape)
+        if line_search is not None and trust_region is not None:
+            raise ValueError(
+                f"{name}: line_search={line_search} chooses no length beside a trust_region: leave one out."
+            )
         if retries < 0:
             raise ValueError(f"{name}: retries={retries} must not be negative.")
         if escape is not None and trust_region is None:
@@ -122,13 +139,14 @@ class Newton(Flagship):
         self.solver: Solver = Auto() if solver is None else solver
         self.damping: Damping = AutoDamping() if damping is None else damping
         self.line_search: LineSearch = Armijo() if line_search is None else line_search
+        self._is_given_search = self.line_search != Armijo()  # the default, said aloud, changes nothing
         self.trust_region = trust_region
         self.escape = escape
         self.momentum = momentum
         self.preconditioner = preconditioner
-        self._running: Preconditioner | None = preconditioner if self.choice is None else KFAC()
+        self._running: RunningPreconditioner | None = preconditioner if self.choice is None else KFAC()
         self._untaught = {} if self._running is None else self._running.state_dict()
-        self.acceleration = acceleration
+        self.acceleration = self._correction = acceleration
         self.retries = retries
         self._buffers: BufferSnapshot | None = None
         self.data_parallel = DataParallel.of(process_group)
@@ -137,6 +155,12 @@ class Newton(Flagship):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_buffers": None}  # which would bring the modules along
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """See `torch.optim.Optimizer.add_param_group`."""
+        weight_decay = param_group.get("weight_decay", self.defaults["weight_decay"])
+        check_ranges(type(self).__name__, weight_decay=(weight_decay, 0, math.inf))
+        super().add_param_group(param_group)
 
     @property
     def radius(self) -> float:
@@ -342,7 +366,7 @@ class Newton(Flagship):
         report, memory = self.report, self._memory
         alone = point.share.parallel is None
         rhs = point.tape.descent if alone and gradient is point.tape.gradient else vectors.scale(gradient, -1.0)
-        start = self._previous_step(point.params) if isinstance(solver, UsesPreviousStep) else None
+        start = self._previous_step(point.params) if uses_previous_step(solver) else None
         if self.preconditioner is not None:
             report.gradient_equivalents += self.preconditioner.update(point.recorded, point.share.statistics)
         refused_at = report.damping

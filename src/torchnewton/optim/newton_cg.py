@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from torchnewton.distributed import DataParallel
 from torchnewton.globalization import Armijo, Damping, LevenbergMarquardt
+from torchnewton.optim.arguments import as_rule
 from torchnewton.optim.newton import Newton
 from torchnewton.solvers import CG
 
@@ -52,7 +53,7 @@ class NewtonCG(Newton):
         super().__init__(
             params,
             solver=CG(rtol=rtol, max_iterations=max_iterations),
-            damping=LevenbergMarquardt(initial=damping) if isinstance(damping, (int, float)) else damping,
+            damping=as_rule(damping, LevenbergMarquardt),
             line_search=Armijo(decrease=sufficient_decrease, max_halvings=max_halvings),
             acceleration=None,
             weight_decay=weight_decay,

@@ -38,6 +38,13 @@ class Auto:
     expected_iterations: int = 50
     max_bytes: float = 4e9
 
+    def __post_init__(self) -> None:
+        if not (self.expected_iterations >= 1 and self.max_bytes >= 0):
+            raise ValueError(
+                f"Auto: expected_iterations={self.expected_iterations} must be at least 1, "
+                f"max_bytes={self.max_bytes} not negative."
+            )
+
     def choose(self, A: Operator, b: Sequence[Tensor]) -> tuple[Solver, str]:
         """The solver for a system with this right-hand side, and why."""
         if not isinstance(A, StatesCosts):

@@ -80,8 +80,13 @@ class UsesPreviousStep(Protocol):
 
     @property
     def uses_previous_step(self) -> bool:
-        """True."""
+        """Whether it does."""
         ...
+
+
+def uses_previous_step(solver: Solver) -> bool:
+    """Whether its x₀ should be the previous step; not where it does not say."""
+    return isinstance(solver, UsesPreviousStep) and solver.uses_previous_step
 
 
 class Solver(Protocol):
