@@ -15,8 +15,11 @@ import torch.nn.functional as F
 from torch import nn
 
 import torchnewton as tn
+from torchnewton import curvature
 
 README = Path(__file__).parents[1] / "README.md"
+SOURCES = Path(tn.__file__).parents[1]
+WITH_EXAMPLES = sorted(p for p in Path(tn.__file__).parent.rglob("*.py") if ">>> " in p.read_text())
 
 
 def test_the_example_of_the_readme_trains():
@@ -32,10 +35,10 @@ def test_the_example_of_the_readme_trains():
     assert names["optimizer"].report.accepted
 
 
-@pytest.mark.parametrize("name", ["curvature.gauss_newton", "curvature.gram", "solvers.cg"])
+@pytest.mark.parametrize("name", [".".join(p.relative_to(SOURCES).with_suffix("").parts) for p in WITH_EXAMPLES])
 def test_examples_in_docstrings(name):
-    module = importlib.import_module(f"torchnewton.{name}")
-    names = {**vars(module), **vars(tn), "torch": torch}
+    module = importlib.import_module(name)
+    names = {**vars(curvature), **vars(tn), "torch": torch, **vars(module)}
     result = doctest.testmod(module, extraglobs=names)
     assert result.attempted > 0
     assert result.failed == 0

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
-import importlib
 import math
 
 import numpy as np
@@ -200,13 +198,6 @@ def test_a_network_with_many_batches():
     assert found.largest.values.tolist() == pytest.approx(exact.largest.values.tolist())
     assert found.trace.value == pytest.approx(exact.trace.value)
     assert "14 eigenvalues, from the dense matrix" in str(exact)
-
-
-def test_the_example_in_the_docstring():
-    module = importlib.import_module("torchnewton.analysis.spectral")
-    result = doctest.testmod(module, extraglobs={"Diagonal": Diagonal, "spectrum": tn.spectrum, "torch": torch})
-    assert result.attempted > 0
-    assert result.failed == 0
 
 
 def test_wrong_arguments():
