@@ -27,14 +27,8 @@ class Damping(Protocol):
 
     `damped_model` says whether the predicted reduction counts λ: −gᵀd − ½dᵀ(A + λI)d, or −gᵀd − ½dᵀAd. `full_step`
     says whether the reduction ratio is taken at the full step or at the length the line search has chosen. `unit` is
-    what the numbers of the rule are multiples of. `search` are factors: λ times each of them is tried in every step
-    beside λ itself, and the one whose full step reaches the lowest objective is taken.
+    what the numbers of the rule are multiples of.
     """
-
-    @property
-    def search(self) -> tuple[float, ...]:
-        """The factors of λ that are tried beside λ."""
-        ...
 
     @property
     def damped_model(self) -> bool:
@@ -78,10 +72,6 @@ class LevenbergMarquardt:
     """λ ← `increase`·λ where ρ < `lower`, λ ← `decrease`·λ where ρ > `upper`, between `minimum` and `maximum`.
 
     ρ = actual / predicted reduction. The defaults of the factors are Martens' (2010) and simpleNN's.
-
-    `search=(0.1, 10.0)` tries λ/10 and 10λ in every step, too, against the true objective, and goes on from the best.
-    It needs a factorization (`Dual`, `Direct`, `Auto` where it takes one of them), which then serves every λ: for each
-    one more Cholesky factorization and one more loss evaluation. With CG there is nothing to search.
     """
 
     initial: float = 1.0
@@ -94,7 +84,6 @@ class LevenbergMarquardt:
     damped_model: bool = False
     full_step: bool = False
     unit: Unit = Unit.ABSOLUTE
-    search: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         if not 0 < self.decrease <= 1 <= self.increase:
@@ -111,8 +100,6 @@ class LevenbergMarquardt:
             raise ValueError(
                 f"LevenbergMarquardt: lower={self.lower} must not be negative, nor greater than upper={self.upper}."
             )
-        if not all(factor > 0 for factor in self.search):
-            raise ValueError(f"LevenbergMarquardt: search={self.search} must be positive factors of the damping.")
 
     def start(self) -> float:
         """See `Damping.start`."""
@@ -180,7 +167,6 @@ class ConstantDamping:
     damped_model: bool = False
     full_step: bool = False
     unit: Unit = Unit.ABSOLUTE
-    search: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.value) and self.value >= 0):
@@ -207,7 +193,6 @@ class ScheduledDamping:
     damped_model: bool = False
     full_step: bool = False
     unit: Unit = Unit.ABSOLUTE
-    search: tuple[float, ...] = ()
 
     def start(self) -> float:
         """See `Damping.start`."""

@@ -10,12 +10,11 @@ from typing import Protocol
 
 @dataclass(frozen=True)
 class SearchResult:
-    """The step length found, f there, and the number of evaluations beside the full step."""
+    """The step length found, f there, and whether it may be taken."""
 
     step_length: float
     value: float
     accepted: bool
-    num_evaluations: int
 
 
 class LineSearch(Protocol):
@@ -54,9 +53,9 @@ class Armijo:
         while True:
             required = self.decrease * slope * (alpha if self.scale_slope else 1.0)
             if math.isfinite(value) and value <= start + required:
-                return SearchResult(alpha, value, True, halvings)
+                return SearchResult(alpha, value, True)
             if halvings == self.max_halvings:
-                return SearchResult(alpha, value, self.accept_last and math.isfinite(value), halvings)
+                return SearchResult(alpha, value, self.accept_last and math.isfinite(value))
             alpha *= self.contraction
             halvings += 1
             value = evaluate(alpha)
@@ -68,4 +67,4 @@ class FullStep:
 
     def search(self, evaluate: Callable[[float], float], start: float, slope: float, full: float) -> SearchResult:
         """See `LineSearch.search`."""
-        return SearchResult(1.0, full, math.isfinite(full), 0)
+        return SearchResult(1.0, full, math.isfinite(full))

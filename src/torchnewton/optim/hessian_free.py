@@ -11,8 +11,8 @@ from torchnewton.curvature import GaussNewton, Hessian
 from torchnewton.distributed import DataParallel
 from torchnewton.globalization import Armijo, Damping, LevenbergMarquardt
 from torchnewton.optim.arguments import as_rule
-from torchnewton.optim.memory import Curvature
 from torchnewton.optim.newton import Newton
+from torchnewton.optim.point import Curvature
 from torchnewton.solvers import CG, AlongNegativeCurvature, BiCGSTAB, MartensProgress, Solver, WarmStart
 
 

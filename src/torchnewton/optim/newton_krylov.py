@@ -12,8 +12,8 @@ from torchnewton.curvature import Halves, Hessian
 from torchnewton.distributed import DataParallel
 from torchnewton.globalization import ConstantDamping, TrustRegion
 from torchnewton.optim.escape import SaddleEscape
-from torchnewton.optim.memory import Curvature
 from torchnewton.optim.newton import Newton
+from torchnewton.optim.point import Curvature
 from torchnewton.solvers import CG, Solver, SteihaugCG, UntilDisturbed
 
 

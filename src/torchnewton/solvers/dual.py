@@ -16,7 +16,6 @@ from torchnewton.solvers.result import Operator, SolveResult, Status
 from torchnewton.solvers.rows import Factored, Rows
 from torchnewton.vectors import Vector, add, norm, zeros_like
 
-_EIGENDECOMPOSITION = 27  # Cholesky factorizations that take as long as one eigendecomposition, by operations
 _Inverse: TypeAlias = Callable[[Tensor], Tensor]  # w ↦ (RRᵀ + σI)⁻¹w
 
 _REFINEMENTS = 3  # each gains the digits by which a single-precision factorization beats the condition number
@@ -36,8 +35,7 @@ class Dual:
     rounding is left in RRᵀ is mended by at most `max_refinements` steps x ← x + A⁻¹(b − Ax) until ‖b − Ax‖ is at most
     `rtol`·‖b‖. With a known y, that norm comes from the Gram matrix, as exact as Rᵀy = b is, and the result tells xᵀAx
     in the place of the residual itself.
-    `SolveResult.shifted` solves for other σ with the same Gram matrix: by one Cholesky factorization each, or, where
-    `num_shifts` of them are announced and that is cheaper, by one eigendecomposition for all.
+    `SolveResult.shifted` solves for other σ with the same Gram matrix, by one Cholesky factorization each.
 
     `x0` and `preconditioner` are not used. Cost: RRᵀ, n³/3 operations, and 2 products with each of R and Rᵀ, with a
     known y one. Memory: 2n² numbers and what R keeps. Errors: `ValueError` for an operator without R (its closure mixes
@@ -47,7 +45,6 @@ class Dual:
 
     rtol: float = 1e-4
     max_refinements: int = 2
-    num_shifts: int = 1
 
     def __post_init__(self) -> None:
         if not (self.rtol >= 0 and self.max_refinements >= 0):
@@ -69,7 +66,7 @@ class Dual:
             raise ValueError(f"Dual: the damping must be positive, the shift of the operator is {shift}; use Direct().")
         double = R.double()
         flops = cholesky_flops(R.num_rows) + (A.costs(1).gram_flops if isinstance(A, StatesCosts) else 0.0)
-        return self._solve(_Gram(double or R, b, self.num_shifts, double is not None), shift, flops)
+        return self._solve(_Gram(double or R, b, double is not None), shift, flops)
 
     def _solve(self, gram: _Gram, shift: float, flops: float) -> SolveResult:
         b = gram.b
@@ -97,7 +94,7 @@ class Dual:
             found.size,
             Status.CONVERGED if found.size <= tolerance else Status.MAX_ITERATIONS,
             1 + refinements,
-            method=f"dual ({gram.factorization})",
+            method="dual (Cholesky)",
             reuse=lambda rhs: _like(_approximate(gram, shift, inverse, rhs), b),
             shifted=lambda more: self._solve(gram, shift + more, cholesky_flops(gram.R.num_rows)),
             flops=flops,
@@ -162,10 +159,9 @@ def _like(x: Vector, b: Vector) -> Vector:
 class _Gram:
     """RRᵀ with its factorizations."""
 
-    def __init__(self, R: Rows, b: Sequence[Tensor], num_shifts: int, small: bool) -> None:
+    def __init__(self, R: Rows, b: Sequence[Tensor], small: bool) -> None:
         self.R = R
         self.b = list(b)
-        self.factorization = "eigendecomposition" if num_shifts > _EIGENDECOMPOSITION else "Cholesky"
         self._dtype = torch.float64 if small else b[0].dtype
 
     @cached_property
@@ -187,16 +183,8 @@ class _Gram:
             return self._double
         return self._single
 
-    @cached_property
-    def _spectrum(self) -> tuple[Tensor, Tensor]:
-        values, basis = torch.linalg.eigh(self._double)
-        return values, basis
-
     def inverse(self, shift: float) -> _Inverse | Status:
         """w ↦ (RRᵀ + σI)⁻¹w, or why not."""
-        if self.factorization == "eigendecomposition" and bool(torch.isfinite(self._double).all()):
-            values, basis = self._spectrum
-            return lambda w: basis @ ((basis.mT @ w) / (values.clamp(min=0) + shift))
         matrix = self.matrix(shift)
         if matrix.dtype is not torch.float64:
             return _refined(matrix, shift) or _factorized(matrix.double(), shift)

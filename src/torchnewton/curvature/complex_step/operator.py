@@ -96,10 +96,6 @@ class ComplexStepHessian(LinearOperator):
         self._compare(outcome, v, size)
         return outcome.imaginary / self.h * size
 
-    def product_and_slope(self, v: Sequence[Tensor]) -> tuple[Vector, float]:
-        """(Hv, gᵀv) of one run."""
-        return self.apply(v), self.directional_derivative
-
     @property
     def covers_whole_loss(self) -> bool:
         """True."""
