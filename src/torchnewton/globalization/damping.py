@@ -71,7 +71,9 @@ class LearnsFromNewData(Protocol):
 class LevenbergMarquardt:
     """λ ← `increase`·λ where ρ < `lower`, λ ← `decrease`·λ where ρ > `upper`, between `minimum` and `maximum`.
 
-    ρ = actual / predicted reduction. The defaults of the factors are Martens' (2010) and simpleNN's.
+    λ starts at `initial`; ρ = actual / predicted reduction. `unit`, `damped_model` and `full_step` say what λ is a
+    multiple of and which reductions these are: see `Damping`. The defaults of the factors are Martens' (2010) and
+    simpleNN's.
     """
 
     initial: float = 1.0
@@ -161,7 +163,7 @@ class AutoDamping(LevenbergMarquardt):
 
 @dataclass(frozen=True)
 class ConstantDamping:
-    """The same λ in every step."""
+    """λ = `value` in every step; `unit`, `damped_model` and `full_step` as in `Damping`."""
 
     value: float
     damped_model: bool = False
@@ -187,7 +189,7 @@ class ConstantDamping:
 
 @dataclass(frozen=True)
 class ScheduledDamping:
-    """λ = `schedule`(number of steps made), whatever the ratio."""
+    """λ = `schedule`(number of steps made), whatever the ratio; `unit`, `damped_model`, `full_step` as in `Damping`."""
 
     schedule: Callable[[int], float]
     damped_model: bool = False

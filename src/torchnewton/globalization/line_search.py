@@ -29,8 +29,9 @@ class LineSearch(Protocol):
 class Armijo:
     """α = 1, ½, ¼, … until f(α) ≤ f(0) + `decrease`·α·slope, at most `max_halvings` times.
 
-    With `scale_slope=False` the required decrease does not shrink with α (method SGN). With `accept_last` the last
-    length is taken where none has passed, provided f is finite there; otherwise the step is refused.
+    `contraction` is the ratio of one length to the one before. With `scale_slope=False` the required decrease does
+    not shrink with α (method SGN). With `accept_last` the last length is taken where none has passed, provided f is
+    finite there; otherwise the step is refused.
     """
 
     decrease: float = 1e-4

@@ -18,8 +18,8 @@ class TrustRegion:
     The search begins at α = min(1, radius / ‖d‖). A length is taken with a sufficient decrease, f(θ + αd) ≤ f +
     `decrease`·(α gᵀd + ½α² min(dᵀHd, 0)), and with e ≤ `large` – or with more decrease than predicted, whatever e.
     Otherwise α shrinks by √(`small` / e), since the neglected term grows with α³ beside a slope with α, kept within
-    0.1 and 0.5; the radius becomes the length tried. After a step with e ≤ `small` the radius is at least `growth`
-    times its length. Where no length is taken, the radius becomes a quarter of the last.
+    0.1 and 0.5; the radius becomes the length tried, `max_trials` lengths at most. After a step with e ≤ `small` the
+    radius is at least `growth` times its length. Where no length is taken, the radius becomes a quarter of the last.
 
     `radius` starts it; by default at a tenth of ‖θ‖, or 0.1 where ‖θ‖ < 1. An error below the rounding of f does not
     count, and where all that is promised is below it, the search ends and the radius stays.
