@@ -98,9 +98,9 @@ def test_a_hand_computed_case():
     assert H.to_dense().tolist() == [[4.0, 2.0], [2.0, 0.0]]
     assert H.is_symmetric
     assert not H.is_positive_semidefinite
-    product, slope = H.product_and_slope([torch.tensor([1.0, -1.0], dtype=torch.float64)])
+    product = H @ [torch.tensor([1.0, -1.0], dtype=torch.float64)]
     assert product[0].tolist() == [2.0, 2.0]
-    assert slope == 3.0
+    assert H.directional_derivative == 3.0
     assert H.loss == 2.0
 
 

@@ -234,6 +234,13 @@ def test_linear_symmetric_and_positive_semidefinite(name, seed, factor):
     assert (A @ (u + factor * v) - Au - factor * Av).norm() <= rtol * (Au.norm() + abs(factor) * Av.norm())
 
 
+def test_its_products_cost_what_those_of_its_jacobian_do():
+    p = ZOO["mlp"](torch.float64)
+    tape = tn.record(p.closure, p.params)
+    for jacobian in (tn.Jacobian(tape), tn.LayerJacobian(tape), tn.DifferenceJacobian(tape)):
+        assert tn.EmpiricalFisher(tape, jacobian).gradients_per_product == jacobian.gradients_per_product
+
+
 def test_misuse():
     model = _model()
     params = list(model.parameters())

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
-import importlib
 import io
 import itertools
 from typing import Any
@@ -531,8 +529,3 @@ def test_misuse_of_the_inverse():
     for damping in (0.0, -1.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="damping"):
             kfac.inverse(damping)
-
-
-def test_example():
-    torch.set_default_dtype(torch.float32)
-    assert doctest.testmod(importlib.import_module("torchnewton.curvature.kfac.blocks")).failed == 0

@@ -232,6 +232,28 @@ def test_blocks_of_curvature(name, make):
     assert B.is_positive_semidefinite == A.is_positive_semidefinite
 
 
+def test_the_quadratic_form_of_a_sum_is_the_sum():
+    """By the shorter way of each: half a product a direction for G, a whole one for the matrix beside it."""
+    p = ZOO["mlp"](torch.float64)
+    G = tn.GaussNewton(tn.record(p.closure, p.params))
+    D = [like(p.params, random(G.shape[0], seed=seed)) for seed in range(3)]
+    A = G + Diagonal([x.abs() + 1 for x in D[0]])
+    form, num_products = A.quadratic_form(D)
+    flat_D = torch.stack([flat(d) for d in D])
+    assert_close(form, flat_D @ A.to_dense() @ flat_D.T)
+    assert num_products == 1.5 + 3
+
+
+def test_blocks_cost_and_cover_what_their_products_do():
+    """One product with the blocks takes one with the Hessian for each of them."""
+    p = ZOO["mlp"](torch.float64)
+    H = tn.Hessian(tn.record(p.closure, p.params))
+    blocks = H.blocks()
+    assert blocks.covers_whole_loss
+    assert blocks.gradients_per_product == len(p.params) * H.gradients_per_product
+    assert (blocks.path, blocks.can_factor()) == (H.path, H.can_factor())
+
+
 def test_misuse_of_blocks():
     A = CASES["symmetric"][0]
     with pytest.raises(ValueError, match="none of A's parameters"):

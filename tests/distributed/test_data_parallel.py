@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from data_parallel_cases import METHODS, STEPS, closure_of, make_batch, make_model, plane, whole
+from data_parallel_cases import METHODS, STEPS, closure_of, make_batch, make_model, marked, plane, whole
 from ranks import launch
 from reference import assert_close
 
@@ -60,6 +60,7 @@ def test_weights_are_exact_on_two_ranks(two):
         ("on_empty_rank", "cg", {}),
         ("on_subset", "newton-cg", {"subset": True}),
         ("on_sums", "cg", {"reduction": "sum"}),
+        ("on_marked", "cg", {"make_closure": marked}),
         ("on_ddp", "direct", {}),
     ],
 )

@@ -85,7 +85,7 @@ def along(values):
 def test_armijo_halves_until_the_decrease_suffices():
     evaluate, seen = along(lambda a: -a + 4 * a * a)
     found = tn.Armijo().search(evaluate, 0.0, -1.0, 3.0)
-    assert (found.step_length, found.accepted, found.num_evaluations) == (0.125, True, 3)
+    assert (found.step_length, found.accepted) == (0.125, True)
     assert found.value == pytest.approx(-0.0625)
     assert seen == [0.5, 0.25, 0.125]
 

@@ -20,7 +20,6 @@ METHODS: dict[str, Callable[..., tn.Newton]] = {
     "newton-cg": partial(tn.Newton, solver=tn.CG(max_iterations=5), momentum=0.3),
     "newton-direct": partial(tn.Newton, solver=tn.Direct(), weight_decay=1e-3),
     "newton-backtracking": partial(tn.Newton, line_search=BACKTRACKING),
-    "newton-retries": partial(tn.Newton, retries=12, line_search=tn.Armijo(decrease=0.9, max_halvings=0)),
     "newton-plane": lambda params: tn.Newton(params, solver=tn.Plane(), preconditioner=tn.KFAC(), damping=NOISE),
     "newton-krylov": tn.NewtonKrylov,
     "newton-krylov-halves": partial(tn.NewtonKrylov, disagreement=1.0),

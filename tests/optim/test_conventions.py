@@ -14,6 +14,7 @@ from torch import nn
 from zoo import ZOO, integers, uniform
 
 import torchnewton as tn
+from torchnewton.optim.point import Point
 
 SOLVERS = {
     "cg": tn.CG(rtol=1e-13, max_iterations=300),
@@ -319,3 +320,47 @@ def test_the_dual_solve_of_a_step_starts_from_the_slope_of_the_loss(options, kno
     for _ in range(2):
         optimizer.step(lambda: F.cross_entropy(model(x), y))
     assert seen == [known, known]
+
+
+def test_a_matrix_that_is_not_positive_definite_raises_the_damping():
+    """f = (θ² − 1)² has f'' = 12θ² − 4 = −3.88 at θ = 0.1: λ = 1, 2 are too small, 4 is not."""
+    theta = torch.nn.Parameter(torch.tensor([0.1], dtype=torch.float64))
+    rule = tn.LevenbergMarquardt(initial=1.0, increase=2.0)
+    optimizer = tn.Newton([theta], curvature=tn.Hessian, solver=tn.Direct(), damping=rule, line_search=tn.Armijo())
+    optimizer.step(lambda: (theta.square() - 1).square().sum())
+    g = 4 * 0.1 * (0.01 - 1)
+    assert optimizer.report.damping == 4.0
+    assert optimizer.report.accepted
+    assert float(theta.detach()) == pytest.approx(0.1 - optimizer.report.step_length * g / (12 * 0.01 - 4 + 4))
+
+
+def test_a_constant_damping_that_is_too_small_ends_the_step():
+    theta = torch.nn.Parameter(torch.tensor([0.1], dtype=torch.float64))
+    optimizer = tn.Newton([theta], curvature=tn.Hessian, solver=tn.Direct(), damping=1.0)
+    optimizer.step(lambda: (theta.square() - 1).square().sum())
+    assert tn.Status.NOT_POSITIVE_DEFINITE.value in optimizer.report.status
+    assert float(theta.detach()) == pytest.approx(0.1, abs=0)
+
+
+@pytest.mark.parametrize("error", [ValueError, tn.RecordError])
+def test_no_correction_where_the_closure_takes_another_course(error):
+    """The outputs cannot be had beside the point: the direction stays as it is."""
+    theta = torch.nn.Parameter(torch.tensor([1.0], dtype=torch.float64))
+
+    def closure():
+        if float(theta.detach()) > 1:
+            raise error("outside")
+        return F.mse_loss(theta.exp(), torch.zeros(1, dtype=torch.float64))
+
+    point, velocity = Point(closure, [theta], [0.0]), [tensor(1.0)]
+    assert tn.GeodesicAcceleration().corrected(point, velocity, lambda b: b) is velocity
+    assert float(theta.detach()) == 1
+
+
+@pytest.mark.parametrize(("decrease", "length"), [(1e-4, 1.0), (0.7, 0.5), (0.9, 0.125)])
+def test_newton_cg_asks_for_its_sufficient_decrease(decrease, length):
+    """On a quadratic f(αd) − f(0) = (1 − α/2)·α·gᵀd for the Newton step d: α ≤ 2(1 − decrease) is enough."""
+    theta = torch.nn.Parameter(tensor(1.0, 2.0))
+    optimizer = tn.NewtonCG([theta], damping=tn.ConstantDamping(0.0), rtol=1e-13, sufficient_decrease=decrease)
+    optimizer.step(lambda: F.mse_loss(theta, torch.zeros(2, dtype=torch.float64), reduction="sum"))
+    assert optimizer.report.step_length == length

@@ -116,6 +116,49 @@ def test_nan_rejects_a_gliding_step():
     assert run.step().accepted
 
 
+def test_a_gradient_that_is_not_finite_rejects_a_gliding_step():
+    """The loss is finite: that the backward pass is not shows when the step is to be made."""
+    run = Run(normalized=True)
+    run.until_gliding()
+    before, state = run.parameters(), {k: v.clone() for k, v in run.model.state_dict().items()}
+    weight = run.model[0].weight
+    x, y = run.batch()
+
+    def closure():
+        return F.cross_entropy(run.model(x), y) + (weight - weight.detach()).square().sum().sqrt()
+
+    run.optimizer.step(closure)
+    report = run.optimizer.report
+    assert math.isfinite(report.loss)
+    assert report.status == "rejected: the gradient is not finite"
+    assert same(before, run.parameters())
+    assert all(torch.equal(v, state[k]) for k, v in run.model.state_dict().items())
+    assert run.step().accepted
+
+
+def test_an_exception_in_a_gliding_step_leaves_no_trace():
+    """Running statistics that the closure had moved before it raised are put back."""
+
+    class Interrupted(Exception):  # noqa: N818
+        pass
+
+    run, twin = Run(normalized=True), Run(normalized=True)
+    run.until_gliding(), twin.until_gliding()
+    before, state = run.parameters(), {k: v.clone() for k, v in run.model.state_dict().items()}
+
+    def interrupt(loss):
+        raise Interrupted
+
+    with pytest.raises(Interrupted):
+        run.step(returned=interrupt)
+    assert run.calls == 1
+    assert same(before, run.parameters())
+    assert all(torch.equal(v, state[k]) for k, v in run.model.state_dict().items())
+    run.number -= 1
+    assert run.step().solver == twin.step().solver == "heavy ball"
+    assert same(run.parameters(), twin.parameters())
+
+
 def test_a_bad_stretch_is_taken_back_bit_for_bit():
     run = Run()
     run.until_gliding()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
-import importlib
 import math
 from functools import partial
 
@@ -269,8 +267,15 @@ def test_no_answer_of_the_halves_without_a_split():
 
 
 def test_penalty_beside_the_outputs_needs_no_warning():
+    """The Hessian has it, the Gauss-Newton matrix has not."""
     net, closure = regression()
-    tn.NewtonKrylov(net.parameters()).step(lambda: closure() + 1e-3 * sum(p.square().sum() for p in net.parameters()))
+
+    def penalized():
+        return closure() + 1e-3 * sum(p.square().sum() for p in net.parameters())
+
+    tn.NewtonKrylov(net.parameters()).step(penalized)
+    with pytest.warns(UserWarning, match="beside the recorded outputs"):
+        tn.NewtonKrylov(net.parameters(), curvature=tn.GaussNewton).step(penalized)
 
 
 def search(function, slope, curved, length=1.0, radius=1.0, **arguments):
@@ -281,7 +286,6 @@ def search(function, slope, curved, length=1.0, radius=1.0, **arguments):
         return function(alpha)
 
     found, radius = tn.TrustRegion(**arguments).search(evaluate, function(0.0), slope, curved, length, radius)
-    assert found.num_evaluations == len(calls)
     return found, radius, calls
 
 
@@ -354,10 +358,3 @@ def test_it_ends_at_a_minimum():
 def test_bad_arguments(make, word):
     with pytest.raises(ValueError, match=word):
         make(make_model().parameters())
-
-
-def test_example_in_the_docstring():
-    module = importlib.import_module("torchnewton.solvers.until_disturbed")
-    found = doctest.testmod(module, extraglobs={"torch": torch, "CG": tn.CG})
-    assert found.attempted > 0
-    assert found.failed == 0

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import torchnewton as tn
 from torchnewton.curvature import LinearOperator
 from torchnewton.curvature.factor import StoredRows
+from torchnewton.solvers import dual
 from torchnewton.vectors import flatten
 
 
@@ -118,6 +119,26 @@ def test_rows_that_are_not_finite_are_a_status(num_shifts):
     result = tn.Dual(num_shifts=num_shifts).solve(Rows(R, 0.5), [torch.ones(4, dtype=torch.float64)])
     assert result.status is tn.Status.NOT_FINITE
     assert not result.solution[0].any()
+
+
+@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize("converges", [True, False])
+def test_a_large_system_in_float32_is_refined_in_float64(converges, known, monkeypatch):
+    """Factorized in float32 as long as its refinement converges, else in float64 at once."""
+    monkeypatch.setattr("torchnewton.curvature.factor.SMALL", 0.0)
+    if not converges:
+        monkeypatch.setattr(dual, "_GAIN", 0.0)
+    dtypes, factorized = [], dual._factorized
+    monkeypatch.setattr(dual, "_factorized", lambda K, shift: dtypes.append(K.dtype) or factorized(K, shift))
+    R = (random(30, 40) * torch.logspace(0, -3, 30, dtype=torch.float64)[:, None]).float()
+    y = random(30, seed=1).float()
+    b, sigma = R.T @ y, 1e-4 * float((R @ R.T).norm())
+    found = tn.Dual().solve(Rows(R, sigma, y if known else None), [b])
+    assert dtypes == ([torch.float32] if converges else [torch.float32, torch.float64])
+    expected = exact(Rows(R.double(), sigma), b.double())
+    assert found.status is tn.Status.CONVERGED
+    assert found.solution[0].dtype is torch.float32
+    assert torch.allclose(found.solution[0].double(), expected, rtol=1e-3, atol=1e-4 * float(expected.norm()))
 
 
 @pytest.fixture(scope="module")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
-import importlib
 import math
 from dataclasses import replace
 
@@ -430,11 +428,3 @@ def test_inner_products_beyond_the_numbers_of_their_precision(size):
     assert dot(y, [size * y[0], y[1]]) == pytest.approx(5 * size, rel=1e-6)
     assert dot([torch.zeros(0)], [torch.zeros(0)]) == 0 == dot(x, [torch.zeros(2), torch.zeros(0)])
     assert not math.isfinite(norm([torch.tensor([math.inf, 1.0])]))
-
-
-@pytest.mark.parametrize("name", ["minres", "bicgstab", "steihaug", "lanczos", "plane", "preconditioners", "nystrom"])
-def test_examples_in_docstrings(name):
-    module = importlib.import_module(f"torchnewton.solvers.{name}")
-    result = doctest.testmod(module, extraglobs={"torch": torch})
-    assert result.attempted > 0
-    assert result.failed == 0

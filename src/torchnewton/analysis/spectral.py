@@ -89,12 +89,6 @@ class Spectrum:
         """The same from half of the iterations of each probe: what differs is not resolved yet."""
         return replace(self, probes=tuple(p.halved() for p in self.probes))
 
-    def cumulative(self, grid: Tensor) -> Density:
-        """The number of eigenvalues up to each λ of the grid."""
-        grid = grid.double()
-        mean, error = self.mean_of(lambda x: (x[:, None] <= grid).double())
-        return Density(grid, grid, self.size * mean, self.size * error)
-
     def density(
         self,
         grid: Tensor | None = None,

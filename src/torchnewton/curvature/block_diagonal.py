@@ -40,6 +40,7 @@ class Blocks(LinearOperator):
             base.codomain,
             is_symmetric=base.is_symmetric,
             is_positive_semidefinite=base.is_positive_semidefinite,
+            parts=[base],
         )
         self.base = base
         self.positions = _positions(base.domain, [[x] for x in base.domain] if groups is None else groups)
@@ -78,14 +79,10 @@ class Blocks(LinearOperator):
         """Expect k times as many products with A."""
         self.base.expect(len(self.positions) * num_products)
 
-    def can_factor(self) -> bool:
-        """As A."""
-        return self.base.can_factor()
-
     @property
-    def path(self) -> str:
-        """As A."""
-        return self.base.path
+    def gradients_per_product(self) -> float:
+        """Those of k products with A."""
+        return len(self.positions) * self.base.gradients_per_product
 
     def diagonal(self, num_samples: int | None = None, generator: torch.Generator | None = None) -> Estimate[Vector]:
         """That of A."""

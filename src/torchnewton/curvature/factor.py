@@ -253,9 +253,6 @@ class LayerRows(WeightedRows):
             found = [c for c in found if c not in touching] + [merged]
         return found
 
-    def _width(self, factor: Factor) -> int:
-        return self.roots[factor.group].width
-
     def _cotangents(self, factor: Factor) -> Tensor:
         """Rows of B^½ ∂z/∂s: N × r × shape of a sample of s."""
         return factor.at_output(factor.cotangents.dense())

@@ -55,6 +55,8 @@ class EmpiricalFisher(LinearOperator):
     mixed (BatchNorm) the gradient of sample n is Jᵀ(∂f/∂zₙ). Part of the loss beside the outputs has no samples and
     does not count.
 
+    Products go by `jacobian`, which without one is chosen as for `GaussNewton`.
+
     Shapes: P×P with P parameters. Cost: as `GaussNewton`. Memory: one more tensor like each output.
     Errors: `RecordError` when the loss has no split; `ValueError` for weights of both signs within one loss, and
     without `reduction` for marked outputs and losses written by hand.
@@ -170,6 +172,11 @@ class EmpiricalFisher(LinearOperator):
     def can_factor(self) -> bool:
         """Whether the gradients of the samples are to be had at once."""
         return self._rows_of_samples is not None
+
+    @property
+    def gradients_per_product(self) -> float:
+        """Those of the Jacobian."""
+        return self._gauss_newton.jacobian.gradients_per_product
 
     @property
     def path(self) -> str:

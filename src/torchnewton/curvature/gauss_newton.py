@@ -44,13 +44,13 @@ class GaussNewton(LinearOperator):
             [1., 1.]], dtype=torch.float64)
     """
 
-    def __init__(self, tape: Tape, jacobian: Jacobian | None = None, *, per_sample: bool = True) -> None:
+    def __init__(self, tape: Tape, jacobian: Jacobian | None = None) -> None:
         convex = all(bool((piece.weight >= 0).all()) for piece in tape.pieces)
         super().__init__(tape.params, tape.params, is_symmetric=True, is_positive_semidefinite=convex)
         self.tape = tape
         self.jacobian = Jacobian(tape) if jacobian is None else jacobian
-        self.per_sample = per_sample and not any(is_distributed(p) for p in tape.params)
-        self._chooses = jacobian is None and self.per_sample
+        self._is_local = not any(is_distributed(p) for p in tape.params)
+        self._chooses = jacobian is None and self._is_local
 
     def apply(self, v: Sequence[Tensor]) -> Vector:
         """J'(B(Jv))."""
@@ -108,7 +108,7 @@ class GaussNewton(LinearOperator):
     @cached_property
     def _rows(self) -> WeightedRows | None:
         """R with G = RᵀR, by layer factors or else by a replay of the closure with parameters per sample."""
-        if not (self.per_sample and self.is_positive_semidefinite):
+        if not (self._is_local and self.is_positive_semidefinite):
             return None
         if self._factors is not None and self._factors.factors.is_complete:
             return self._factors
@@ -119,7 +119,7 @@ class GaussNewton(LinearOperator):
 
     @cached_property
     def _dense(self) -> Tensor:
-        if any(is_distributed(p) for p in self.tape.params):
+        if not self._is_local:
             raise ValueError(
                 "GaussNewton: parameters that are DTensors have products alone: solve by CG, MINRES or BiCGSTAB in the "
                 "place of a factorization."
@@ -134,9 +134,7 @@ class GaussNewton(LinearOperator):
 
     def factored(self) -> tuple[WeightedRows, float] | None:
         """R = B^½J, r rows for each sample, r the rank of its B; None without per-sample rows, and for DTensors."""
-        if self._rows is None or any(is_distributed(p) for p in self.tape.params):
-            return None
-        return self._rows, 0.0
+        return None if self._rows is None else (self._rows, 0.0)
 
     def to_dense(self) -> Tensor:
         """The matrix in float64, from the rows of J, never by P products; it is kept.

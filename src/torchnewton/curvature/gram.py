@@ -35,7 +35,7 @@ class Gram(LinearOperator):
     """K = RRᵀ with R = B^½J: n×n, its eigenvalues beside zeros those of the Gauss-Newton matrix G = RᵀR.
 
     n = N·r with N samples and r the rank of a sample's B (C − 1 for cross entropy with C classes); `K @ w` takes one
-    vector of n numbers, in a list or alone.
+    vector of n numbers, in a list or alone. R is made by the layer factors of `jacobian`, by default new ones.
 
     Cost: a product one of G; `to_dense` the Gram matrices of the layers, (AAᵀ) ∘ (DDᵀ) for linear ones: n²·ΣO
     operations with O outputs of a layer, never n·P numbers for them.

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from torchnewton import vectors
-from torchnewton.costs import Costs
 from torchnewton.curvature.operator import LinearOperator
 from torchnewton.record import RecordError, Tape, moved
 from torchnewton.vectors import Vector
@@ -58,10 +57,6 @@ class Halves(LinearOperator):
     def apply(self, v: Sequence[Tensor]) -> Vector:
         """Av."""
         return self.base.apply(v)
-
-    def costs(self, num_products: int = 1) -> Costs:
-        """Those of A."""
-        return self.base.costs(num_products)
 
     def factored(self) -> tuple[Any, float] | None:
         """That of A."""

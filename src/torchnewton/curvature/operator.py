@@ -254,10 +254,6 @@ class Shifted(LinearOperator):
         """That of A, shifted."""
         return Shifted(self.base.own(), self.shift)
 
-    def costs(self, num_products: int = 1) -> Costs:
-        """Those of A: the shift costs nothing."""
-        return self.base.costs(num_products)
-
     def apply(self, v: Sequence[Tensor]) -> Vector:
         """See `LinearOperator.apply`."""
         return vectors.add(self.base.apply(v), v, self.shift)

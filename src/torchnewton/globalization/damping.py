@@ -77,7 +77,9 @@ class LearnsFromNewData(Protocol):
 class LevenbergMarquardt:
     """λ ← `increase`·λ where ρ < `lower`, λ ← `decrease`·λ where ρ > `upper`, between `minimum` and `maximum`.
 
-    ρ = actual / predicted reduction. The defaults of the factors are Martens' (2010) and simpleNN's.
+    λ starts at `initial`; ρ = actual / predicted reduction. `unit`, `damped_model` and `full_step` say what λ is a
+    multiple of and which reductions these are: see `Damping`. The defaults of the factors are Martens' (2010) and
+    simpleNN's.
 
     `search=(0.1, 10.0)` tries λ/10 and 10λ in every step, too, against the true objective, and goes on from the best.
     It needs a factorization (`Dual`, `Direct`, `Auto` where it takes one of them), which then serves every λ: for each
@@ -109,6 +111,10 @@ class LevenbergMarquardt:
             )
         if not all(factor > 0 for factor in self.search):
             raise ValueError(f"LevenbergMarquardt: search={self.search} must be positive factors of the damping.")
+        if not 0 <= self.lower <= self.upper:
+            raise ValueError(
+                f"LevenbergMarquardt: lower={self.lower} must not be negative, nor greater than upper={self.upper}."
+            )
 
     def start(self) -> float:
         """See `Damping.start`."""
@@ -148,6 +154,11 @@ class AutoDamping(LevenbergMarquardt):
     unit: Unit = Unit.CURVATURE
     noise_limit: float = 0.03
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.noise_limit >= 0:
+            raise ValueError(f"AutoDamping: noise_limit={self.noise_limit} must not be negative.")
+
     def update(self, damping: float, reduction_ratio: float, step_length: float, num_steps: int) -> float:
         """See `Damping.update`."""
         ratio = reduction_ratio if step_length == 1 else min(reduction_ratio, self.upper)
@@ -165,7 +176,7 @@ class AutoDamping(LevenbergMarquardt):
 
 @dataclass(frozen=True)
 class ConstantDamping:
-    """The same λ in every step."""
+    """λ = `value` in every step; `unit`, `damped_model`, `full_step` and `search` as in `Damping`."""
 
     value: float
     damped_model: bool = False
@@ -192,7 +203,7 @@ class ConstantDamping:
 
 @dataclass(frozen=True)
 class ScheduledDamping:
-    """λ = `schedule`(number of steps made), whatever the ratio."""
+    """λ = `schedule`(number of steps made), whatever the ratio; the rest as in `Damping`: `unit`, `damped_model`, `full_step`, `search`."""
 
     schedule: Callable[[int], float]
     damped_model: bool = False

@@ -10,12 +10,11 @@ from typing import Protocol
 
 @dataclass(frozen=True)
 class SearchResult:
-    """The step length found, f there, and the number of evaluations beside the full step."""
+    """The step length found, f there, and whether it may be taken."""
 
     step_length: float
     value: float
     accepted: bool
-    num_evaluations: int
 
 
 class LineSearch(Protocol):
@@ -30,8 +29,9 @@ class LineSearch(Protocol):
 class Armijo:
     """α = 1, ½, ¼, … until f(α) ≤ f(0) + `decrease`·α·slope, at most `max_halvings` times.
 
-    With `scale_slope=False` the required decrease does not shrink with α (method SGN). With `accept_last` the last
-    length is taken where none has passed, provided f is finite there; otherwise the step is refused.
+    `contraction` is the ratio of one length to the one before. With `scale_slope=False` the required decrease does
+    not shrink with α (method SGN). With `accept_last` the last length is taken where none has passed, provided f is
+    finite there; otherwise the step is refused.
     """
 
     decrease: float = 1e-4
@@ -41,6 +41,8 @@ class Armijo:
     accept_last: bool = False
 
     def __post_init__(self) -> None:
+        if not 0 <= self.decrease < 1:
+            raise ValueError(f"Armijo: decrease={self.decrease} must be at least 0 and less than 1.")
         if not 0 < self.contraction < 1:
             raise ValueError(f"Armijo: contraction={self.contraction} must be between 0 and 1.")
         if self.max_halvings < 0:
@@ -52,9 +54,9 @@ class Armijo:
         while True:
             required = self.decrease * slope * (alpha if self.scale_slope else 1.0)
             if math.isfinite(value) and value <= start + required:
-                return SearchResult(alpha, value, True, halvings)
+                return SearchResult(alpha, value, True)
             if halvings == self.max_halvings:
-                return SearchResult(alpha, value, self.accept_last and math.isfinite(value), halvings)
+                return SearchResult(alpha, value, self.accept_last and math.isfinite(value))
             alpha *= self.contraction
             halvings += 1
             value = evaluate(alpha)
@@ -66,4 +68,4 @@ class FullStep:
 
     def search(self, evaluate: Callable[[float], float], start: float, slope: float, full: float) -> SearchResult:
         """See `LineSearch.search`."""
-        return SearchResult(1.0, full, math.isfinite(full), 0)
+        return SearchResult(1.0, full, math.isfinite(full))

@@ -18,8 +18,8 @@ class TrustRegion:
     The search begins at α = min(1, radius / ‖d‖). A length is taken with a sufficient decrease, f(θ + αd) ≤ f +
     `decrease`·(α gᵀd + ½α² min(dᵀHd, 0)), and with e ≤ `large` – or with more decrease than predicted, whatever e.
     Otherwise α shrinks by √(`small` / e), since the neglected term grows with α³ beside a slope with α, kept within
-    0.1 and 0.5; the radius becomes the length tried. After a step with e ≤ `small` the radius is at least `growth`
-    times its length. Where no length is taken, the radius becomes a quarter of the last.
+    0.1 and 0.5; the radius becomes the length tried, `max_trials` lengths at most. After a step with e ≤ `small` the
+    radius is at least `growth` times its length. Where no length is taken, the radius becomes a quarter of the last.
 
     `radius` starts it; by default at a tenth of ‖θ‖, or 0.1 where ‖θ‖ < 1. An error below the rounding of f does not
     count, and where all that is promised is below it, the search ends and the radius stays.
@@ -68,19 +68,19 @@ class TrustRegion:
         Along d with gᵀd = `slope` ≤ 0, dᵀHd = `curved` and ‖d‖ = `length`; `rounding` is that of f.
         """
         before, alpha, value = radius, min(1.0, radius / length), start
-        for trial in range(1, self.max_trials + 1):
+        for _ in range(self.max_trials):
             value = evaluate(alpha)
             model = alpha * slope + 0.5 * alpha**2 * curved
             error = max(abs(value - start - model) - rounding, 0.0) / abs(model) if model else math.inf
             required = self.decrease * (alpha * slope + 0.5 * alpha**2 * min(curved, 0.0))
             if math.isfinite(value) and value <= start + required:
                 if error <= self.small:
-                    return SearchResult(alpha, value, True, trial), max(radius, self.growth * alpha * length)
+                    return SearchResult(alpha, value, True), max(radius, self.growth * alpha * length)
                 if error <= self.large or value - start < model:
-                    return SearchResult(alpha, value, True, trial), radius
+                    return SearchResult(alpha, value, True), radius
             if abs(model) <= rounding:  # the place is as good as f can tell
-                return SearchResult(alpha, value, False, trial), before
+                return SearchResult(alpha, value, False), before
             shrink = math.sqrt(self.small / error) if 0 < error < math.inf else 0.5
             tried, alpha = alpha, alpha * min(max(shrink, 0.1), 0.5)
             radius = alpha * length
-        return SearchResult(tried, value, False, self.max_trials), max(0.25 * tried * length, 1e-30)
+        return SearchResult(tried, value, False), max(0.25 * tried * length, 1e-30)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -27,6 +28,13 @@ class GeodesicAcceleration:
 
     spacing: float = 0.3
     limit: float = 0.75
+
+    def __post_init__(self) -> None:
+        if not (0 < self.spacing < math.inf and self.limit >= 0):
+            raise ValueError(
+                f"GeodesicAcceleration: spacing={self.spacing} must be positive and finite, limit={self.limit} not "
+                "negative."
+            )
 
     def corrected(self, point: Point, velocity: Vector, solve: Callable[[Vector], Vector]) -> Vector:
         """The direction v + ½a, or v."""

@@ -8,7 +8,8 @@ from typing import Any
 import torch.distributed as dist
 
 from torchnewton.distributed import DataParallel, Diagonalized, Quorum
-from torchnewton.globalization import Armijo, LevenbergMarquardt
+from torchnewton.globalization import Armijo, Damping, LevenbergMarquardt
+from torchnewton.optim.arguments import as_rule
 from torchnewton.optim.newton import Newton
 from torchnewton.solvers import CG
 
@@ -31,7 +32,7 @@ class DistributedNewton(Newton):
 
     Args:
         params: parameters or parameter groups.
-        damping: λ at the start.
+        damping: λ at the start, or another rule than this one.
         rtol, max_iterations: of every rank's CG.
         combine: whether the second direction is used.
         quorum: `Quorum(share, min_iterations)`; none.
@@ -46,7 +47,7 @@ class DistributedNewton(Newton):
         self,
         params: Iterable[Any],
         *,
-        damping: float = 1.0,
+        damping: float | Damping = 1.0,
         rtol: float = 0.1,
         max_iterations: int = 250,
         combine: bool = True,
@@ -57,7 +58,7 @@ class DistributedNewton(Newton):
         super().__init__(
             params,
             solver=Diagonalized(CG(rtol=rtol, max_iterations=max_iterations), combine, quorum),
-            damping=LevenbergMarquardt(initial=damping),
+            damping=as_rule(damping, LevenbergMarquardt),
             line_search=Armijo(decrease=1e-4, max_halvings=20),
             acceleration=None,
             weight_decay=weight_decay,

@@ -11,7 +11,6 @@ from torch import Tensor
 from torchnewton import vectors
 from torchnewton.curvature import KFAC
 from torchnewton.distributed import Alone, DataParallel
-from torchnewton.globalization import Armijo, LineSearch
 from torchnewton.optim.bold import Bold, BoldState
 from torchnewton.optim.glide import Glide, GlideState
 from torchnewton.optim.memory import Remembers, as_memory
@@ -28,7 +27,7 @@ class Flagship(Remembers):
     """What `Newton` does where it chooses its parts itself: see `RegimeChoice` and `Glide`."""
 
     data_parallel: DataParallel | None
-    line_search: LineSearch
+    _is_given_search: bool  # then it chooses the length of every step
     _buffers: BufferSnapshot | None
 
     def _glided(self, closure: Closure, params: list[Tensor], decays: list[float]) -> tuple[Any] | None:
@@ -58,7 +57,7 @@ class Flagship(Remembers):
     @property
     def _gliding(self) -> Glide | None:
         """The rule for cheaper steps between full ones, in the plane."""
-        return None if self.choice is None else self.choice.glide
+        return None if self.choice is None or self._is_given_search else self.choice.glide
 
     def _glider(self, params: list[Tensor]) -> HeavyBall | None:
         """What makes the next step if it is to glide."""
@@ -144,7 +143,7 @@ class Flagship(Remembers):
 
         So on the data of the last step, where what was factorized serves the next λ, too, and in bold steps.
         """
-        free = self.choice is not None and self.line_search == Armijo()
+        free = self.choice is not None and not self._is_given_search
         exact = bool(self._memory["regime"]["exact"])
         return free and exact and (same_data or self._is_bold) and result.shifted is not None
 

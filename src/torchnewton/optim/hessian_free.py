@@ -9,9 +9,10 @@ import torch.distributed as dist
 
 from torchnewton.curvature import GaussNewton, Hessian
 from torchnewton.distributed import DataParallel
-from torchnewton.globalization import Armijo, LevenbergMarquardt
-from torchnewton.optim.memory import Curvature
+from torchnewton.globalization import Armijo, Damping, LevenbergMarquardt
+from torchnewton.optim.arguments import as_rule
 from torchnewton.optim.newton import Newton
+from torchnewton.optim.point import Curvature
 from torchnewton.solvers import CG, AlongNegativeCurvature, BiCGSTAB, MartensProgress, Solver, WarmStart
 
 
@@ -33,8 +34,9 @@ class HessianFree(Newton):
         params: parameters or parameter groups.
         curvature: `Hessian`, products of 2 gradients; `GaussNewton`, of 4/3; any other is treated as indefinite.
         solver: `WarmStart(CG(…))` for `GaussNewton`, `AlongNegativeCurvature(BiCGSTAB(…))` else.
-        damping: λ at the start.
-        max_iterations: the limit of the solver; BiCGSTAB takes two products an iteration.
+        damping: λ at the start, or another rule than this one.
+        max_iterations: the limit of these two solvers, 50; BiCGSTAB takes two products an iteration. Not with `solver`,
+            which has its own.
         weight_decay, process_group: as for `Newton`.
 
     Source: He, Mudigere, Smelyanskiy, Takáč, "Large Scale Distributed Hessian-Free Optimization for Deep Neural
@@ -51,18 +53,23 @@ class HessianFree(Newton):
         *,
         curvature: Curvature = Hessian,
         solver: Solver | None = None,
-        damping: float = 1.0,
-        max_iterations: int = 50,
+        damping: float | Damping = 1.0,
+        max_iterations: int | None = None,
         weight_decay: float = 0.0,
         process_group: DataParallel | dist.ProcessGroup | None = None,
     ) -> None:
+        if solver is not None and max_iterations is not None:
+            raise ValueError(
+                f"HessianFree: max_iterations={max_iterations} is not that of solver={solver}: say it there."
+            )
         if solver is None:
-            solver = _martens_cg(max_iterations) if curvature is GaussNewton else _bicgstab(max_iterations)
+            make = _martens_cg if curvature is GaussNewton else _bicgstab
+            solver = make(50 if max_iterations is None else max_iterations)
         super().__init__(
             params,
             curvature=curvature,
             solver=solver,
-            damping=LevenbergMarquardt(initial=damping),
+            damping=as_rule(damping, LevenbergMarquardt),
             line_search=Armijo(decrease=1e-4),
             acceleration=None,
             weight_decay=weight_decay,

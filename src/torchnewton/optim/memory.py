@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -17,13 +18,12 @@ from torchnewton.optim.acceleration import GeodesicAcceleration
 from torchnewton.optim.bold import BoldState
 from torchnewton.optim.complete_state import CompleteState, as_before, completed, first_parameter
 from torchnewton.optim.glide import GlideState
+from torchnewton.optim.point import Curvature, Point
 from torchnewton.optim.regime import EXACT, PLANE, RegimeChoice, RegimeState
 from torchnewton.optim.report import StepReport
 from torchnewton.record import Tape
-from torchnewton.solvers import Operator, Solver, UsesPreviousStep
+from torchnewton.solvers import Operator, Solver, uses_previous_step
 from torchnewton.vectors import Vector
-
-Curvature = Callable[[Tape], LinearOperator]
 
 
 def as_memory(state: BoldState | GlideState | RegimeState) -> dict[str, Any]:
@@ -31,8 +31,8 @@ def as_memory(state: BoldState | GlideState | RegimeState) -> dict[str, Any]:
     return dict(vars(state))
 
 
-class Preconditioner(Protocol):
-    """An approximation of (A + λI)⁻¹ with a memory."""
+class RunningPreconditioner(Protocol):
+    """An approximation of (A + λI)⁻¹ for every λ that learns from each step; `inverse` gives one to multiply with."""
 
     def update(self, tape: Tape, shared: Shared | None = None, /) -> float:
         """Learn from the step's tape, once a step; returns the passes through the network that took, in gradients.
@@ -61,12 +61,13 @@ class Remembers(CompleteState):
     solver: Solver
     damping: Damping
     acceleration: GeodesicAcceleration | None
-    preconditioner: Preconditioner | None
+    preconditioner: RunningPreconditioner | None
     trust_region: TrustRegion | None
     momentum: float
     choice: RegimeChoice | None
     report: StepReport
-    _running: Preconditioner | None
+    _correction: GeodesicAcceleration | None  # that of every regime that has one
+    _running: RunningPreconditioner | None
     _untaught: dict[str, Any]  # the state of `_running` before the first step
 
     def state_dict(self) -> dict[str, Any]:
@@ -93,7 +94,32 @@ class Remembers(CompleteState):
 
     @property
     def _needs_last_step(self) -> bool:
-        return isinstance(self.damping, LearnsFromNewData) or isinstance(self.solver, UsesPreviousStep)
+        return isinstance(self.damping, LearnsFromNewData) or uses_previous_step(self.solver)
+
+    def _find_scale(self, point: Point, A: LinearOperator, gradient: Vector) -> None:
+        """The unit of λ: of the curvature at the first step, of the noise as a running average."""
+        memory, unit = self._memory, self.damping.unit
+        if unit is Unit.ABSOLUTE:
+            memory["scale"] = 1.0
+        elif unit is Unit.CURVATURE and memory["scale"] is None and self.report.gradient_norm > 0:
+            curvature = vectors.dot(gradient, A @ gradient) / vectors.dot(gradient, gradient)
+            memory["scale"] = curvature if math.isfinite(curvature) and curvature > 0 else 1.0
+            self.report.products += 1
+        elif unit is Unit.NOISE and (memory["scale"] is None or memory["step"] < 10 or memory["step"] % 10 == 0):
+            noise = point.share.noise_scale(point.recorded, torch.Generator().manual_seed(memory["step"]))
+            old = memory["scale"]
+            if not (math.isfinite(noise) and noise > 0):
+                noise = old or 1.0
+            memory["scale"] = noise if old is None else 0.7 * old + 0.3 * noise
+
+    def _averaged(self, point: Point) -> tuple[Vector, Vector]:
+        """The running average m of gradients, and m / (1 − βᵗ)."""
+        if not self.momentum:
+            return [], point.gradient
+        beta, t = self.momentum, self._memory["step"] + 1
+        old = [self.state[p].get("momentum", torch.zeros_like(p)) for p in point.params]
+        average = vectors.add(vectors.scale(old, beta), point.gradient, 1 - beta)
+        return average, vectors.scale(average, 1 / (1 - beta**t))
 
     def _use_regime(self) -> None:
         """Take the parts of the regime that is remembered."""
@@ -102,7 +128,7 @@ class Remembers(CompleteState):
             return
         regime = EXACT if exact else PLANE
         self.curvature, self.solver, self.damping = regime.curvature, regime.solver, regime.damping
-        self.acceleration = regime.acceleration
+        self.acceleration = None if regime.acceleration is None else self._correction
         self.preconditioner = self._running if regime.preconditioned else None
 
     def _previous_step(self, params: Iterable[Tensor]) -> Vector | None:

@@ -12,15 +12,25 @@ import torch.distributed as dist
 from torch import Tensor
 
 from torchnewton import vectors
-from torchnewton.curvature import KFAC, Diagonal, GaussNewton, LinearOperator
-from torchnewton.distributed import DataParallel, average_share, record_share, whole_parameters
-from torchnewton.globalization import Armijo, AutoDamping, Damping, LearnsFromNewData, LineSearch, TrustRegion, Unit
+from torchnewton.curvature import KFAC, GaussNewton, LinearOperator
+from torchnewton.distributed import DataParallel, whole_parameters
+from torchnewton.globalization import (
+    Armijo,
+    AutoDamping,
+    ConstantDamping,
+    Damping,
+    LearnsFromNewData,
+    LineSearch,
+    TrustRegion,
+)
 from torchnewton.optim.acceleration import GeodesicAcceleration
+from torchnewton.optim.arguments import as_rule, check_curvature, check_parts
 from torchnewton.optim.complete_state import mark_initialized
 from torchnewton.optim.escape import SaddleEscape
+from torchnewton.optim.evaluation import check_ranges
 from torchnewton.optim.flagship import MOST_SOLVES_AGAIN, Flagship
-from torchnewton.optim.memory import Curvature, Preconditioner, as_memory
-from torchnewton.optim.point import Point
+from torchnewton.optim.memory import RunningPreconditioner, as_memory
+from torchnewton.optim.point import Curvature, Point
 from torchnewton.optim.regime import RegimeChoice, RegimeState
 from torchnewton.optim.report import StepReport
 from torchnewton.record import (
@@ -29,12 +39,10 @@ from torchnewton.record import (
     Closure,
     Objective,
     RecordError,
-    StreamedTape,
     Tape,
-    same_random_numbers,
     warn_about_rest,
 )
-from torchnewton.solvers import Auto, Operator, Solver, SolveResult, Status, UsesPreviousStep
+from torchnewton.solvers import Auto, Operator, Solver, SolveResult, Status, uses_previous_step
 from torchnewton.vectors import Vector
 
 
@@ -63,17 +71,15 @@ class Newton(Flagship):
         curvature: makes A from a tape; `GaussNewton`, also where only others of these five are given.
         solver: solves for d; likewise `Auto()`, which chooses between a factorization in the space of the parameters or
             of the outputs and CG.
-        damping: the rule for λ; likewise `AutoDamping()`.
-        line_search: chooses α; `Armijo()`.
+        damping: the rule for λ, or a number for a constant one; likewise `AutoDamping()`. (For a named method, which
+            has a rule of its own, a number is the first λ.)
+        line_search: chooses α; `Armijo()`. Any other chooses it in every step, so that none glides.
         trust_region: chooses α within a radius that the optimizer remembers, instead of `line_search`; none.
         momentum: β of a running average of the gradients that takes the place of g.
         preconditioner: approximates (A + λI)⁻¹ for an iterative solver and remembers earlier steps, as `KFAC()`.
-        acceleration: a second-order correction of d, made where a factorization exists to be used again; the two
-            sets have their own.
+        acceleration: a second-order correction of d, made where a factorization exists to be used again, so never in
+            "plane"; None for none.
         escape: the way out of a saddle, for a curvature that may be negative, with a `trust_region`; none.
-        retries: how often a step that the line search refused is solved again in the same step with λ raised. The
-            first of the two sets does so on its own, instead of shortening, on the data of the last step and where it
-            trusts its batch.
         weight_decay: w, see above; the only option a parameter group may set.
         process_group: the processes over which the samples are spread, or a `DataParallel` that says more; f is then
             the mean over the samples of all, and every process makes the same step. A closure whose model is under
@@ -95,24 +101,26 @@ class Newton(Flagship):
         *,
         curvature: Curvature | None = None,
         solver: Solver | None = None,
-        damping: Damping | None = None,
+        damping: float | Damping | None = None,
         line_search: LineSearch | None = None,
         trust_region: TrustRegion | None = None,
         momentum: float = 0.0,
-        preconditioner: Preconditioner | None = None,
+        preconditioner: RunningPreconditioner | None = None,
         acceleration: GeodesicAcceleration | None = GeodesicAcceleration(),
         escape: SaddleEscape | None = None,
-        retries: int = 0,
         weight_decay: float = 0.0,
         process_group: DataParallel | dist.ProcessGroup | None = None,
     ) -> None:
         name = type(self).__name__
-        if not weight_decay >= 0:
-            raise ValueError(f"{name}: weight_decay={weight_decay} must not be negative.")
-        if not 0 <= momentum < 1:
-            raise ValueError(f"{name}: momentum={momentum} must be at least 0 and less than 1.")
-        if retries < 0:
-            raise ValueError(f"{name}: retries={retries} must not be negative.")
+        check_ranges(name, momentum=(momentum, 0, 1), weight_decay=(weight_decay, 0, math.inf))
+        check_curvature(name, GaussNewton if curvature is None else curvature)
+        damping = None if damping is None else as_rule(damping, ConstantDamping)
+        check_parts(name, solver=solver, damping=damping, preconditioner=preconditioner, acceleration=acceleration)
+        check_parts(name, line_search=line_search, trust_region=trust_region, escape=escape)
+        if line_search is not None and trust_region is not None:
+            raise ValueError(
+                f"{name}: line_search={line_search} chooses no length beside a trust_region: leave one out."
+            )
         if escape is not None and trust_region is None:
             raise ValueError(f"{name}: escape={escape} goes as far as a radius allows: give a trust_region, too.")
         super().__init__(params, {"weight_decay": weight_decay})
@@ -122,14 +130,14 @@ class Newton(Flagship):
         self.solver: Solver = Auto() if solver is None else solver
         self.damping: Damping = AutoDamping() if damping is None else damping
         self.line_search: LineSearch = Armijo() if line_search is None else line_search
+        self._is_given_search = self.line_search != Armijo()  # the default, said aloud, changes nothing
         self.trust_region = trust_region
         self.escape = escape
         self.momentum = momentum
         self.preconditioner = preconditioner
-        self._running: Preconditioner | None = preconditioner if self.choice is None else KFAC()
+        self._running: RunningPreconditioner | None = preconditioner if self.choice is None else KFAC()
         self._untaught = {} if self._running is None else self._running.state_dict()
-        self.acceleration = acceleration
-        self.retries = retries
+        self.acceleration = self._correction = acceleration
         self._buffers: BufferSnapshot | None = None
         self.data_parallel = DataParallel.of(process_group)
         self.report = StepReport()
@@ -137,6 +145,12 @@ class Newton(Flagship):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_buffers": None}  # which would bring the modules along
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """See `torch.optim.Optimizer.add_param_group`."""
+        weight_decay = param_group.get("weight_decay", self.defaults["weight_decay"])
+        check_ranges(type(self).__name__, weight_decay=(weight_decay, 0, math.inf))
+        super().add_param_group(param_group)
 
     @property
     def radius(self) -> float:
@@ -188,7 +202,9 @@ class Newton(Flagship):
         running = None if self._running is None else self._running.state_dict()
         try:
             with point.share.agreeing():
-                self._check_repeatable(point)
+                if not self._memory["checked"] and math.isfinite(point.loss):
+                    point.require_repeatable()
+                    self._memory["checked"] = True
                 failure = self._advance(point, curvature)
         except BaseException as error:
             can_go_on = isinstance(error, RecordError) and self._has_other_regime(point)
@@ -235,10 +251,13 @@ class Newton(Flagship):
             self._return_to_anchor(point.params, to_take_back)
             return ""
         with self._timed("record"):
-            A = self._operator(point, curvature)
+            A, tape = point.model(self.curvature, curvature)
+            if tape.lacks_curvature and not A.covers_whole_loss and not memory["warned"]:
+                memory["warned"] = True
+                warn_about_rest()
             self._find_scale(point, A, gradient)
         solver, result = self.solver_at(memory["step"]), None
-        for number in range(1 + max(self.retries, MOST_SOLVES_AGAIN)):
+        for number in range(1 + MOST_SOLVES_AGAIN):
             with self._timed("solve"):
                 result = self._solve(point, solver, A, gradient, result)
             if result.status is Status.NOT_FINITE or not vectors.is_finite(result.solution):
@@ -249,34 +268,18 @@ class Newton(Flagship):
             again = number < MOST_SOLVES_AGAIN and self._solves_again(result, same_data)
             with self._timed("search"):
                 self._search(point, gradient, result, Armijo(max_halvings=0) if again else self.line_search)
-            if report.accepted or not (again or number < self.retries):
+            if report.accepted or not again:
                 break
         report.gradient_equivalents += 1 + report.loss_evaluations / 3
         report.gradient_equivalents += _fraction_seen(point, curvature) * report.products * A.gradients_per_product
         memory["step"] += 1
         memory["work"] += memory["regime"]["price"] if memory["regime"]["exact"] else 1.0
-        assert result is not None  # `retries` is not negative
+        assert result is not None  # the loop runs at least once
         self._prepare_glide(point, result)
         if self.momentum:
             for p, m in zip(point.params, average, strict=True):
                 self.state[p]["momentum"] = m
         return ""
-
-    def _find_scale(self, point: Point, A: LinearOperator, gradient: Vector) -> None:
-        """The unit of λ: of the curvature at the first step, of the noise as a running average."""
-        memory, unit = self._memory, self.damping.unit
-        if unit is Unit.ABSOLUTE:
-            memory["scale"] = 1.0
-        elif unit is Unit.CURVATURE and memory["scale"] is None and self.report.gradient_norm > 0:
-            curvature = vectors.dot(gradient, A @ gradient) / vectors.dot(gradient, gradient)
-            memory["scale"] = curvature if math.isfinite(curvature) and curvature > 0 else 1.0
-            self.report.products += 1
-        elif unit is Unit.NOISE and (memory["scale"] is None or memory["step"] < 10 or memory["step"] % 10 == 0):
-            noise = point.share.noise_scale(point.recorded, torch.Generator().manual_seed(memory["step"]))
-            old = memory["scale"]
-            if not (math.isfinite(noise) and noise > 0):
-                noise = old or 1.0
-            memory["scale"] = noise if old is None else 0.7 * old + 0.3 * noise
 
     def _judge_last_step(self, point: Point) -> bool:
         """Whether the data are those of the last step; if not, some rules ask what that step has done for the new."""
@@ -297,41 +300,6 @@ class Newton(Flagship):
                 memory["regime"] = as_memory(self.choice.judged(RegimeState(**memory["regime"]), new_ratio))
         return False
 
-    def _averaged(self, point: Point) -> tuple[Vector, Vector]:
-        """The running average m of gradients, and m / (1 − βᵗ)."""
-        if not self.momentum:
-            return [], point.gradient
-        beta, t = self.momentum, self._memory["step"] + 1
-        old = [self.state[p].get("momentum", torch.zeros_like(p)) for p in point.params]
-        average = vectors.add(vectors.scale(old, beta), point.gradient, 1 - beta)
-        return average, vectors.scale(average, 1 / (1 - beta**t))
-
-    def _operator(self, point: Point, curvature: Closure | None) -> LinearOperator:
-        """The curvature of the objective, from the step's own tape or from another closure's."""
-        A: LinearOperator
-        tape: Tape | StreamedTape
-        objective = point.closure if curvature is None else curvature
-        if isinstance(objective, Objective) and objective.is_streamed:
-            same = point.tape.random_state if curvature is None else None
-            with same_random_numbers(same, [p.device for p in point.params]):
-                A, tape = average_share(objective, point.params, self.curvature, self.data_parallel)
-        else:
-            if curvature is None:
-                tape, share = point.recorded, point.share
-            else:
-                tape, share = record_share(curvature, point.params, self.data_parallel)
-                point.settled_by(tape)
-            assert isinstance(tape, Tape)  # for mypy: streamed is above
-            A = share.operator(self.curvature(tape))
-        if tape.lacks_curvature and not A.covers_whole_loss and not self._memory["warned"]:
-            self._memory["warned"] = True
-            warn_about_rest()
-        if len(set(point.weight_decay)) == 1:
-            return A + point.weight_decay[0] if point.weight_decay[0] else A
-        if any(point.weight_decay):
-            A = A + Diagonal([torch.full_like(p, w) for p, w in zip(point.params, point.weight_decay, strict=True)])
-        return A
-
     def _solve(
         self, point: Point, solver: Solver, A: LinearOperator, gradient: Vector, refused: SolveResult | None
     ) -> SolveResult:
@@ -342,7 +310,7 @@ class Newton(Flagship):
         report, memory = self.report, self._memory
         alone = point.share.parallel is None
         rhs = point.tape.descent if alone and gradient is point.tape.gradient else vectors.scale(gradient, -1.0)
-        start = self._previous_step(point.params) if isinstance(solver, UsesPreviousStep) else None
+        start = self._previous_step(point.params) if uses_previous_step(solver) else None
         if self.preconditioner is not None:
             report.gradient_equivalents += self.preconditioner.update(point.recorded, point.share.statistics)
         refused_at = report.damping
@@ -371,20 +339,16 @@ class Newton(Flagship):
         chosen = self._best_iterate(point, self._best_damping(point, result))
         return chosen if chosen is result else point.share.agreed(chosen, rhs)
 
-    def _value_of(self, point: Point, result: SolveResult) -> float:
-        """The objective after the full step, infinite where it is not finite."""
-        self.report.loss_evaluations += 1
-        value = point.evaluate(result.solution, 1.0)
-        return value if math.isfinite(value) else math.inf
-
     def _best_iterate(self, point: Point, result: SolveResult) -> SolveResult:
         """For a solver that keeps its iterates: back to earlier ones as long as the objective falls."""
         if not result.iterates or result.status is Status.NOT_FINITE:
             return result
-        best, lowest = result, self._value_of(point, result)
+        self.report.loss_evaluations += 1
+        best, lowest = result, point.full_step(result.solution)
         for x, curvature in reversed(result.iterates):
             earlier = replace(result, solution=x, residual=None, residual_norm=math.nan, curvature=curvature)
-            value = self._value_of(point, earlier)
+            value = point.full_step(x)
+            self.report.loss_evaluations += 1
             if lowest < math.inf and not value < lowest:
                 break
             best, lowest = earlier, value
@@ -395,15 +359,17 @@ class Newton(Flagship):
         report, memory = self.report, self._memory
         if not self.damping.search or result.shifted is None or result.status is Status.NOT_FINITE:
             return result
-        damping, best, lowest = memory["damping"], result, self._value_of(point, result)
+        damping, best, lowest = memory["damping"], result, point.full_step(result.solution)
         for factor in self.damping.search:
             other = result.shifted(report.damping * (factor - 1))
             report.gradient_equivalents += other.flops / max(3 * point.tape.forward_flops, 1.0)
-            if (
-                other.status in (Status.CONVERGED, Status.MAX_ITERATIONS)
-                and (value := self._value_of(point, other)) < lowest
-            ):
+            if other.status not in (Status.CONVERGED, Status.MAX_ITERATIONS):
+                continue
+            value = point.full_step(other.solution)
+            report.loss_evaluations += 1
+            if value < lowest:
                 best, lowest, memory["damping"] = other, value, damping * factor
+        report.loss_evaluations += 1
         report.damping = memory["damping"] * memory["scale"]
         return best
 
@@ -465,21 +431,6 @@ class Newton(Flagship):
         self._memory["damping"] = self.damping.raised(self._memory["damping"])
         if self.trust_region is not None:
             self._memory["radius"] = self.trust_region.shrunk(self.radius)
-
-    def _check_repeatable(self, point: Point) -> None:
-        """At the first step: the closure must give the same loss again."""
-        if self._memory["checked"] or not math.isfinite(point.loss):
-            return
-        point.share.check_same(point.params)
-        again = point.replayed()
-        tolerance = torch.finfo(point.params[0].dtype).eps ** 0.5 * max(abs(point.loss), 1e-8)
-        if not abs(again - point.loss) <= tolerance:
-            raise RecordError(
-                f"the closure gave {point.loss:.8g} and then {again:.8g} at the same parameters and the same random "
-                "numbers: a Newton step evaluates it several times, so draw the batch before step() and keep it fixed "
-                "inside the closure."
-            )
-        self._memory["checked"] = True
 
 
 def _fraction_seen(point: Point, curvature: Closure | None) -> float:

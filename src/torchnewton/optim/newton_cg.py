@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from torchnewton.distributed import DataParallel
 from torchnewton.globalization import Armijo, Damping, LevenbergMarquardt
+from torchnewton.optim.arguments import as_rule
 from torchnewton.optim.newton import Newton
 from torchnewton.solvers import CG
 
@@ -20,12 +21,12 @@ class NewtonCG(Newton):
         subsets = tn.Subsets(len(x), fraction=0.05)
         optimizer.step(data, curvature=tn.over(next(subsets).split(1024), loss_of_indices))
 
-    CG starts at 0 and stops at ‖r‖ ≤ 0.1‖g‖ or after 250 iterations. The line search on the objective of all data
-    halves α from 1 until f(θ + αd) − f(θ) ≤ 1e-4·α·gᵀd. The predicted reduction −αgᵀd − ½α²dᵀGd leaves λ out; the
-    residual r of CG gives it without a product, dᵀGd = dᵀ(−g − r − λd). λ starts at 1, grows by 3/2 where ρ < ¼ and
+    CG starts at 0 and stops at ‖r‖ ≤ `rtol`·‖g‖ or after `max_iterations`. The line search on the objective of all data
+    halves α from 1 until f(θ + αd) − f(θ) ≤ `sufficient_decrease`·α·gᵀd. The predicted reduction −αgᵀd − ½α²dᵀGd leaves
+    λ out; the residual r of CG gives it without a product, dᵀGd = dᵀ(−g − r − λd). λ grows by 3/2 where ρ < ¼ and
     shrinks by 2/3 where ρ > ¾.
 
-    `damping` is the first λ, or another rule than this one.
+    `damping` is the first λ, or another rule than this one; `weight_decay` and `process_group` are as for `Newton`.
 
     Its objective ‖θ‖²/(2Cl) + (1/l) Σ‖z − y‖² over l samples, C = 0.01, is `weight_decay` = 1/(Cl) with the squared
     error summed over the classes.
@@ -52,7 +53,7 @@ class NewtonCG(Newton):
         super().__init__(
             params,
             solver=CG(rtol=rtol, max_iterations=max_iterations),
-            damping=LevenbergMarquardt(initial=damping) if isinstance(damping, (int, float)) else damping,
+            damping=as_rule(damping, LevenbergMarquardt),
             line_search=Armijo(decrease=sufficient_decrease, max_halvings=max_halvings),
             acceleration=None,
             weight_decay=weight_decay,

@@ -12,8 +12,8 @@ from torchnewton.curvature import Halves, Hessian
 from torchnewton.distributed import DataParallel
 from torchnewton.globalization import ConstantDamping, TrustRegion
 from torchnewton.optim.escape import SaddleEscape
-from torchnewton.optim.memory import Curvature
 from torchnewton.optim.newton import Newton
+from torchnewton.optim.point import Curvature
 from torchnewton.solvers import CG, Solver, SteihaugCG, UntilDisturbed
 
 
@@ -40,7 +40,7 @@ class NewtonKrylov(Newton):
             forward passes an iteration, more than it saved where it was measured: the default is no test.
         trust_region: `TrustRegion()`.
         escape: `SaddleEscape()`; None to stay with the Krylov loop.
-        weight_decay: as for `Newton`.
+        weight_decay, process_group: as for `Newton`.
 
     Source: Shen, Shao, Zhou, Jiang, Luo, Yang, "Second-order Neural Network Training Using Complex-step Directional
     Derivative", arXiv 2009.07098. Its abstract gives the idea of each part; ε and that the iterate is kept are

@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from torchnewton import vectors
-from torchnewton.distributed import DataParallel, record_share
-from torchnewton.record import UNDEFINED, BufferSnapshot, Closure, RecordError, StreamedTape, Tape
+from torchnewton.curvature import Diagonal, LinearOperator
+from torchnewton.distributed import DataParallel, average_share, record_share
+from torchnewton.record import (
+    UNDEFINED,
+    BufferSnapshot,
+    Closure,
+    Objective,
+    RecordError,
+    StreamedTape,
+    Tape,
+    same_random_numbers,
+)
 from torchnewton.vectors import Vector
+
+Curvature = Callable[[Tape], LinearOperator]
 
 
 def penalty(params: Sequence[Tensor], weight_decay: Sequence[float]) -> float:
@@ -75,9 +88,45 @@ class Point:
         with self.share.agreeing():
             return penalty(self.params, self.weight_decay)
 
-    def replayed(self) -> float:
-        """f once more."""
-        return self.share.total(self.tape.evaluate)
+    def require_repeatable(self) -> None:
+        """Raise `RecordError` unless the closure gives the same loss again."""
+        self.share.check_same(self.params)
+        again = self.share.total(self.tape.evaluate)
+        tolerance = torch.finfo(self.params[0].dtype).eps ** 0.5 * max(abs(self.loss), 1e-8)
+        if not abs(again - self.loss) <= tolerance:
+            raise RecordError(
+                f"the closure gave {self.loss:.8g} and then {again:.8g} at the same parameters and the same random "
+                "numbers: a Newton step evaluates it several times, so draw the batch before step() and keep it fixed "
+                "inside the closure."
+            )
+
+    def model(self, make: Curvature, curvature: Closure | None) -> tuple[LinearOperator, Tape | StreamedTape]:
+        """The curvature of F, from this tape or another closure's, and that tape."""
+        objective = self.closure if curvature is None else curvature
+        if isinstance(objective, Objective) and objective.is_streamed:
+            same = self.tape.random_state if curvature is None else None
+            with same_random_numbers(same, [p.device for p in self.params]):
+                A, streamed = average_share(objective, self.params, make, self.share.parallel)
+            return self._decayed(A), streamed
+        tape, share = self.tape, self.share
+        if curvature is not None:
+            tape, share = record_share(curvature, self.params, self.share.parallel)
+            self._settled.append(tape.buffers)
+        assert isinstance(tape, Tape)  # for mypy: streamed is above
+        return self._decayed(share.operator(make(tape))), tape
+
+    def _decayed(self, A: LinearOperator) -> LinearOperator:
+        """A + diag w."""
+        if len(set(self.weight_decay)) == 1:
+            return A + self.weight_decay[0] if self.weight_decay[0] else A
+        if any(self.weight_decay):
+            A = A + Diagonal([torch.full_like(p, w) for p, w in zip(self.params, self.weight_decay, strict=True)])
+        return A
+
+    def full_step(self, direction: Sequence[Tensor]) -> float:
+        """F(θ + d), infinite where it is not finite."""
+        value = self.evaluate(direction, 1.0)
+        return value if math.isfinite(value) else math.inf
 
     def evaluate(self, direction: Sequence[Tensor], step_length: float) -> float:
         """F(θ + αd), infinite where the closure finds that it is not defined there (`UNDEFINED`)."""
@@ -104,22 +153,15 @@ class Point:
 
     def pull_back(self, u: Sequence[Tensor]) -> Vector:
         """JᵀBu."""
-        total = vectors.zeros_like(self.recorded.params)
-        start = 0
-        for term in self.recorded.terms:
-            stop = start + len(term.outputs)
-            vectors.add_(total, term.jacobian_adjoint(term.hessian_product(u[start:stop])))
-            start = stop
+        tape, total = self.recorded, vectors.zeros_like(self.recorded.params)
+        for number, term in enumerate(tape.terms):
+            vectors.add_(total, term.jacobian_adjoint(term.hessian_product(tape.of_term(u, number))))
         return self.share.reduced(total)
 
     def settle(self) -> None:
         """Buffers as the recorded run left them."""
         for snapshot in self._settled:
             snapshot.restore()
-
-    def settled_by(self, tape: Tape | StreamedTape) -> None:
-        """Buffers that another recorded run has moved are put back, too."""
-        self._settled.append(tape.buffers)
 
     def undo(self) -> None:
         """Buffers as they were before the recorded run."""

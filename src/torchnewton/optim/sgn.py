@@ -23,7 +23,8 @@ class SGN(Newton):
     is that of the full step against the damped model ½(r + g)ᵀd; λ grows by 3/2 below ¼ and shrinks by 2/3 above ¾, not
     below `min_damping`. At most ten halvings, until f(θ + αd) ≤ f(θ) + 1e-4·m̂ᵀd; the last one is taken.
 
-    `preconditioner_exponent` α, where given, preconditions CG by 1/(m̂² + λ)^α.
+    λ starts at `damping`. `preconditioner_exponent` α, where given, preconditions CG by 1/(m̂² + λ)^α.
+    `weight_decay` and `process_group` are as for `Newton`.
 
     Published runs take 1,000 samples a step. Cost: one gradient, 4/3 for each CG iteration, 1/3 for each evaluation.
     Source: Gargiani, Zanelli, Diehl, Hutter, "On the Promise of the Stochastic Generalized Gauss-Newton Method for

@@ -14,8 +14,9 @@ class Subsets:
         subsets = tn.Subsets(len(x), fraction=0.05)
         optimizer.step(data, curvature=tn.over(next(subsets).split(1024), loss_of_indices))
 
-    A block is a tensor of sample numbers; 1/`fraction` rounded is the number of blocks, whose sizes differ by one at
-    most. `block(k)` is the k-th from the start, a function of the arguments alone: `state_dict` holds the position.
+    A block is a tensor of numbers below `num_samples`; 1/`fraction` rounded is the number of blocks, whose sizes
+    differ by one at most. The shuffles come from `seed`: `block(k)`, the k-th from the start, is a function of the
+    arguments alone, and `state_dict` holds the position.
 
     Source: the subsampled Gauss-Newton matrix of simpleNN, see `NewtonCG`.
     """

@@ -12,7 +12,7 @@ from torchnewton.solvers.negative_curvature import AlongNegativeCurvature
 from torchnewton.solvers.nystrom import Nystrom
 from torchnewton.solvers.plane import Plane, PlaneResult
 from torchnewton.solvers.preconditioners import BlockDiagonal, Jacobi, Preconditioner
-from torchnewton.solvers.result import Operator, Solver, SolveResult, Status, UsesPreviousStep
+from torchnewton.solvers.result import Operator, Solver, SolveResult, Status, UsesPreviousStep, uses_previous_step
 from torchnewton.solvers.steihaug import SteihaugCG
 from torchnewton.solvers.stopping import MartensProgress, MaxNorm, StoppingRule
 from torchnewton.solvers.until_disturbed import UntilDisturbed
@@ -47,4 +47,5 @@ __all__ = [
     "UntilDisturbed",
     "UsesPreviousStep",
     "WarmStart",
+    "uses_previous_step",
 ]

@@ -26,6 +26,8 @@ class Auto:
     dual:    the Gram matrix RRᵀ of n rows + n³/3 in float64, and two products
     CG:      `expected_iterations` products, those of a solve that is as good
 
+    `direct`, `dual` and `cg` are these solvers, with limits and tolerances of their own.
+
     The operator states the costs, for CG those of the cheaper way to make so many products, and by `can_factor` whether
     the matrices are to be had at them; any other operator is solved by CG. A factorization takes at most `max_bytes`.
     The dual system needs σ > 0 in A = RᵀR + σI; where R has fewer rows than columns and σ is not positive, A has no
@@ -37,6 +39,13 @@ class Auto:
     dual: Dual = field(default_factory=Dual)
     expected_iterations: int = 50
     max_bytes: float = 4e9
+
+    def __post_init__(self) -> None:
+        if not (self.expected_iterations >= 1 and self.max_bytes >= 0):
+            raise ValueError(
+                f"Auto: expected_iterations={self.expected_iterations} must be at least 1, "
+                f"max_bytes={self.max_bytes} not negative."
+            )
 
     def choose(self, A: Operator, b: Sequence[Tensor]) -> tuple[Solver, str]:
         """The solver for a system with this right-hand side, and why."""

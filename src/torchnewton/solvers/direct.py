@@ -27,7 +27,8 @@ class Direct:
     the gradient. (Near a minimum of many samples in float32, sums of their terms had left no digit of x.)
 
     `x0` and `preconditioner` are not used. Cost: P³/3 operations and what the matrix costs. Memory: 2P² numbers.
-    A matrix that is not positive definite gives a status, no exception.
+    A matrix that is not positive definite gives a status, no exception. Errors: `ValueError` for more than
+    `max_parameters`, the matrix of which would take gigabytes.
     """
 
     max_parameters: int = 20_000

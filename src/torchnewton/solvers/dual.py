@@ -49,6 +49,13 @@ class Dual:
     max_refinements: int = 2
     num_shifts: int = 1
 
+    def __post_init__(self) -> None:
+        if not (self.rtol >= 0 and self.max_refinements >= 0 and self.num_shifts >= 1):
+            raise ValueError(
+                f"Dual: rtol={self.rtol} and max_refinements={self.max_refinements} must not be negative, "
+                f"num_shifts={self.num_shifts} at least 1."
+            )
+
     def solve(
         self,
         A: Operator,

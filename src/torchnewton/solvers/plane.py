@@ -103,34 +103,16 @@ class Plane:
 
         DᵀAD comes from the operator where it knows a shorter way (`quadratic_form`), else from one product a direction.
         """
+        k = len(directions)
+        if k == 0:
+            raise ValueError("Plane: there is no direction.")
         gram = inner_products(directions, directions)
         if isinstance(A, KnowsQuadraticForm):
             C, num_products = A.quadratic_form(directions, gram)
         else:
-            C, num_products = inner_products(directions, [product(A, d) for d in directions]), len(directions)
-        return self._minimize([-dot(b, d) for d in directions], directions, C, gram, num_products)
-
-    def minimize(
-        self, gradient: Sequence[Tensor], directions: Sequence[Sequence[Tensor]], curvature_matrix: Tensor
-    ) -> PlaneResult:
-        """With DᵀAD given as `curvature_matrix`."""
-        C = curvature_matrix.detach().to("cpu", torch.float64)
-        gram = inner_products(directions, directions)
-        return self._minimize([dot(gradient, d) for d in directions], directions, C, gram, 0.0)
-
-    def _minimize(
-        self,
-        slopes: Sequence[float],
-        directions: Sequence[Sequence[Tensor]],
-        C: Tensor,
-        gram: Tensor,
-        num_products: float,
-    ) -> PlaneResult:
-        k = len(directions)
-        if k == 0 or C.shape != (k, k):
-            raise ValueError(f"Plane: {k} directions need a curvature_matrix of {k}×{k}, not {tuple(C.shape)}.")
+            C, num_products = inner_products(directions, [product(A, d) for d in directions]), k
         C = 0.5 * (C + C.mT)
-        g = torch.tensor(slopes, dtype=torch.float64)
+        g = torch.tensor([-dot(b, d) for d in directions], dtype=torch.float64)
         if not is_finite([C, g, gram]):
             return PlaneResult(zeros_like(directions[0]), [0.0] * k, 0.0, 0.0, Status.NOT_FINITE, num_products)
         c, p = minimize_in_span(g, C, gram, torch.finfo(directions[0][0].dtype).eps, self.rtol)

@@ -33,15 +33,16 @@ class Status(Enum):
 
 @dataclass(frozen=True)
 class SolveResult:
-    """The solution x of Ax = b as far as it was found, with its residual b − Ax.
+    """The solution x of Ax = b as far as it was found, with its residual b − Ax and the norm of that, `residual_norm`.
 
-    A solver that never forms the residual has None there and tells `curvature`, xᵀAx, instead. `negative_curvature` is
-    a direction p with pᵀAp ≤ 0 where one was met. `method` names the solver, and the reason where one was chosen.
-    `reuse` solves for another right-hand side with the same factorization, where there is one.
-    `shifted` solves (A + δI)x = b likewise. `flops` counts the operations of dense linear algebra, rows of the
-    Jacobian included; products are counted apart, and so are `num_evaluations` runs of the closure. `iterates` are
-    earlier iterates x, each with its xᵀAx, among which the objective may choose. `coefficients` are those of x in the
-    few directions of a solver that has such. `slope` is −bᵀx where the solver has b with more digits than it was given.
+    `status` says how the solve ended, after `num_iterations` iterations with `num_products` products with A. A solver
+    that never forms the residual has None there and tells `curvature`, xᵀAx, instead. `negative_curvature` is a
+    direction p with pᵀAp ≤ 0 where one was met. `method` names the solver, and the reason where one was chosen.
+    `reuse` solves for another right-hand side with the same factorization, where there is one. `shifted` solves (A +
+    δI)x = b likewise. `flops` counts the operations of dense linear algebra, rows of the Jacobian included; products
+    are counted apart, and so are `num_evaluations` runs of the closure. `iterates` are earlier iterates x, each with
+    its xᵀAx, among which the objective may choose. `coefficients` are those of x in the few directions of a solver
+    that has such. `slope` is −bᵀx where the solver has b with more digits than it was given.
     """
 
     solution: Vector
@@ -80,8 +81,13 @@ class UsesPreviousStep(Protocol):
 
     @property
     def uses_previous_step(self) -> bool:
-        """True."""
+        """Whether it does."""
         ...
+
+
+def uses_previous_step(solver: Solver) -> bool:
+    """Whether its x₀ should be the previous step; not where it does not say."""
+    return isinstance(solver, UsesPreviousStep) and solver.uses_previous_step
 
 
 class Solver(Protocol):

@@ -27,6 +27,10 @@ class MaxNorm:
 
     tolerance: float = 1e-6
 
+    def __post_init__(self) -> None:
+        if not self.tolerance >= 0:
+            raise ValueError(f"MaxNorm: tolerance={self.tolerance} must not be negative.")
+
     def check(self, model: Sequence[float], residual: Sequence[Tensor]) -> Status | None:
         """See `StoppingRule.check`."""
         return Status.CONVERGED if max_abs(residual) <= self.tolerance else None
@@ -43,6 +47,13 @@ class MartensProgress:
     tolerance: float = 5e-4
     window: int = 10
     share: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not (self.tolerance >= 0 and self.window >= 1 and self.share >= 0):
+            raise ValueError(
+                f"MartensProgress: tolerance={self.tolerance} and share={self.share} must not be negative, "
+                f"window={self.window} at least 1."
+            )
 
     def check(self, model: Sequence[float], residual: Sequence[Tensor]) -> Status | None:
         """See `StoppingRule.check`."""

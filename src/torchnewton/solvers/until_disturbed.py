@@ -30,7 +30,7 @@ class UntilDisturbed:
 
     Of the vectors that are multiplied with A, p disturbs where
 
-        pᵀAp ≤ ε κ ‖p‖²,    κ the greatest pᵀAp / ‖p‖² so far, or
+        pᵀAp ≤ ε κ ‖p‖²,    ε = `epsilon`, κ the greatest pᵀAp / ‖p‖² so far, or
         |pᵀA₁p − pᵀA₂p| > `disagreement` · pᵀAp    for halves 1 and 2 of the batch (root mean square over all halves).
 
     The second test needs an operator that `KnowsDisagreement`, and is left out where it has no answer. Where p is the

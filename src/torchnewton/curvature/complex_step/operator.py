@@ -28,9 +28,10 @@ class ComplexStepHessian(LinearOperator):
     comes with it and is `directional_derivative` after each product. Every operation is continued analytically by a
     rule and branches on the real part: see docs/complex_step.md for the table and `complex_step_rule` for one's own.
 
-    θ is copied. h counts in units of max|v|, both rounded to powers of two, which costs no digits. Up to h = 1e-8
-    products of two imaginary parts, h² below the rest, are left out; above they count and the error is of order h².
-    Every product sees the buffers and the random numbers of the construction; nothing of it is left changed.
+    θ, the `params`, is copied; the gradient is that of `tape`, or of one that is recorded. h counts in units of
+    max|v|, both rounded to powers of two, which costs no digits. Up to h = 1e-8 products of two imaginary parts, h²
+    below the rest, are left out; above they count and the error is of order h². Every product sees the buffers and
+    the random numbers of the construction; nothing of it is left changed.
 
     Shapes: P×P with P parameters; `A @ v` takes and gives a vector like the parameters; symmetric, mostly indefinite.
     Cost: a product 8/3 of a gradient by the count of matrix products; construction a gradient and a forward pass.
@@ -95,10 +96,6 @@ class ComplexStepHessian(LinearOperator):
         outcome = self._run(vectors.scale(v, 1 / size), differentiate=False)
         self._compare(outcome, v, size)
         return outcome.imaginary / self.h * size
-
-    def product_and_slope(self, v: Sequence[Tensor]) -> tuple[Vector, float]:
-        """(Hv, gᵀv) of one run."""
-        return self.apply(v), self.directional_derivative
 
     @property
     def covers_whole_loss(self) -> bool:
