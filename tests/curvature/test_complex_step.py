@@ -158,6 +158,45 @@ def test_it_stays_at_the_point_of_its_construction():
     assert torch.equal(H @ v, before)
 
 
+class Centred(nn.Module):
+    """A layer around the running mean of its inputs, which it moves before it reads it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 3)
+        self.register_buffer("mean", torch.zeros(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.mean.lerp_(x.mean(0), 0.5)
+        return torch.tanh(self.linear(x - self.mean))
+
+
+def test_products_see_the_buffers_of_the_construction(rules):
+    """Also where the forward pass reads what it moves, and where somebody changes them later."""
+    tn.complex_step_rule(Cube)(lambda z: z * z * z)  # which is checked by a difference of gradients
+    torch.manual_seed(1)
+    model = nn.Sequential(Centred(), nn.BatchNorm1d(3)).double()
+    model[1].eval()
+    x, y = uniform(5, 4).double(), integers(3, 5)
+    params = list(model.parameters())
+    start = {name: value.clone() for name, value in model.state_dict().items()}
+
+    def closure() -> Tensor:
+        return F.cross_entropy(Cube.apply(model(x)), y)
+
+    tape = tn.record(closure, params)
+    v = random(sum(p.numel() for p in params), 0)
+    expected = tn.Hessian(tape) @ v
+    operators = [tn.ComplexStepHessian.of(tape)]
+    model.load_state_dict(start)
+    operators.append(tn.ComplexStepHessian(closure, params))
+    with torch.no_grad():
+        for buffer in model.buffers():
+            buffer.add_(1)
+    for H in operators:
+        assert_close(H @ v, expected, 1e-12)
+
+
 class Cube(torch.autograd.Function):
     """A kernel of the user's own."""
 

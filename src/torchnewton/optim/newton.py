@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -31,7 +32,6 @@ from torchnewton.record import (
     RecordError,
     StreamedTape,
     Tape,
-    same_random_numbers,
     warn_about_rest,
 )
 from torchnewton.solvers import Auto, Operator, Solver, SolveResult, Status, UsesPreviousStep
@@ -312,8 +312,8 @@ class Newton(Flagship):
         tape: Tape | StreamedTape
         objective = point.closure if curvature is None else curvature
         if isinstance(objective, Objective) and objective.is_streamed:
-            same = point.tape.random_state if curvature is None else None
-            with same_random_numbers(same, [p.device for p in point.params]):
+            first = point.tape if curvature is None else None
+            with first.restarted() if isinstance(first, StreamedTape) else nullcontext():
                 A, tape = average_share(objective, point.params, self.curvature, self.data_parallel)
         else:
             if curvature is None:

@@ -151,24 +151,21 @@ class Tape:
 
     def _replay(self, watcher: Watcher) -> Any:
         watcher.pretend(self.params, self.__dict__.get("gradient"))
-        with same_random_numbers(self.random_state, [p.device for p in self.params]), kept_gradients(self.others):
-            return _replayed(watcher, self.closure, self.params, self.differentiates_parameters, self.buffers)
+        with (
+            same_random_numbers(self.random_state, [p.device for p in self.params]),
+            kept_gradients(self.others),
+            scratch_buffers(self.buffers),
+        ):
+            return _replayed(watcher, self.closure, self.params, self.differentiates_parameters)
 
 
-def _replayed(
-    watcher: Watcher,
-    closure: Closure,
-    params: Sequence[Tensor],
-    differentiates_parameters: bool,
-    before: BufferSnapshot | None = None,
-) -> Any:
-    """Run the closure under `watcher` from the buffers `before`; buffers and gradients are put back."""
+def _replayed(watcher: Watcher, closure: Closure, params: Sequence[Tensor], differentiates_parameters: bool) -> Any:
+    """Run the closure under `watcher`; gradients are put back."""
     still = kept_gradients if differentiates_parameters else without_graph
     with (
         warnings.catch_warnings(),
         torch.enable_grad(),
         still(params),
-        scratch_buffers(before),
         differentiable_kernels(),
         watcher,
     ):
@@ -184,7 +181,7 @@ def _value(watcher: Watcher, returned: Any) -> float:
 
 
 def evaluated(closure: Closure, params: Sequence[Tensor], differentiates_parameters: bool) -> float:
-    """The objective of a closure on new random numbers, leaving no other trace."""
+    """The objective of a closure on new random numbers; its buffers move, and there is no other trace."""
     watcher = Watcher()
     watcher.pretend(params, None)
     return _value(watcher, _replayed(watcher, closure, params, differentiates_parameters))
