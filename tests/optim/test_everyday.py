@@ -53,6 +53,69 @@ def test_other_parameters_are_trained_from_some_step_on(change: str, at: int) ->
     assert train(model, optimizer, range(at, at + 30)) == train(twin, reference, range(at, at + 30))
 
 
+@pytest.mark.parametrize("change", ["freeze", "add_param_group"])
+def test_an_error_at_the_first_step_of_other_parameters_forgets_nothing(change: str) -> None:
+    model = perceptron()
+    optimizer = tn.Newton(model[2].parameters() if change == "add_param_group" else model.parameters())
+    train(model, optimizer, range(20))
+    before, known = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
+    if change == "add_param_group":
+        optimizer.add_param_group({"params": list(model[0].parameters())})
+    else:
+        model[0].requires_grad_(False)
+    with pytest.raises(KeyError, match="no such file"):
+        optimizer.step(lambda: {}["no such file"])
+    if change == "add_param_group":
+        del optimizer.param_groups[-1]
+    else:
+        model[0].requires_grad_(True)
+    twin = perceptron()
+    twin.load_state_dict(before)
+    reference = tn.Newton(twin[2].parameters() if change == "add_param_group" else twin.parameters())
+    reference.load_state_dict(known)
+    assert train(model, optimizer, range(20, 40)) == train(twin, reference, range(20, 40))
+
+
+class Failing(tn.LevenbergMarquardt):
+    """A rule that fails after the move."""
+
+    def update(self, *_: Any) -> float:
+        raise KeyError("of the rule")
+
+
+def test_an_error_after_the_move_takes_it_back() -> None:
+    model = perceptron()
+    optimizer = tn.Newton(model.parameters(), damping=Failing())
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(KeyError, match="of the rule"):
+        train(model, optimizer, range(1))
+    assert optimizer.report.step_length > 0
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("solver", [tn.Direct(), tn.Dual(), tn.Auto(), tn.CG(max_iterations=3)])
+def test_explicit_factors_as_the_curvature(solver: tn.Solver) -> None:
+    """What a product with them costs is found by a backward pass, which has to come before the parameters move."""
+    model = perceptron()
+    optimizer = tn.Newton(
+        model.parameters(), curvature=lambda tape: tn.GaussNewton(tape, tn.LayerJacobian(tape)), solver=solver
+    )
+    losses = train(model, optimizer, range(0, 18, 6))
+    assert losses == sorted(losses, reverse=True)
+    work = 1 + optimizer.report.loss_evaluations / 3 + 2 / 3 * optimizer.report.products
+    assert optimizer.report.gradient_equivalents >= work - 1e-12
+
+
+@pytest.mark.parametrize("factor", [math.nan, 0.0])
+def test_a_step_that_ends_at_its_gradient_counts_it(factor: float) -> None:
+    model = perceptron()
+    optimizer = tn.NewtonCG(model.parameters())
+    train(model, optimizer, range(1))
+    optimizer.step(lambda: F.cross_entropy(model(batch(0)[0]), batch(0)[1]) * factor)
+    assert not optimizer.report.accepted
+    assert optimizer.report.gradient_equivalents == 1
+
+
 @pytest.mark.parametrize("at", [3, 17, 44])
 @pytest.mark.parametrize("make", [tn.Newton, tn.SGN, tn.NewtonCG, tn.HessianFree, tn.NewtonKrylov])
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
