@@ -6,6 +6,7 @@ import copy
 import math
 import pickle
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -307,3 +308,37 @@ def test_the_first_step_is_tried_again_with_a_larger_damping() -> None:
         dampings.append(optimizer.report.damping)
     assert dampings == sorted(set(dampings))
     assert torch.equal(p.detach(), torch.ones(3))
+
+
+@pytest.mark.parametrize("whole_loss", [False, True])
+@pytest.mark.parametrize(
+    "make",
+    [
+        partial(tn.EntropySGD, inner_steps=2),
+        partial(tn.DCASGD, delay=1),
+        partial(tn.WorkerSecant, num_workers=2),
+    ],
+)
+def test_what_is_compiled_trains_as_what_is_not(make: Callable[[Any], torch.optim.Optimizer], whole_loss: bool) -> None:
+    """From the first call on, and with its buffers."""
+    ends = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+        called = torch.compile(model, backend="eager") if compiled and not whole_loss else model
+
+        def loss_of(x: Tensor, y: Tensor, called: Callable[[Tensor], Tensor] = called) -> Tensor:
+            return F.cross_entropy(called(x), y)
+
+        loss = torch.compile(loss_of, backend="eager") if compiled and whole_loss else loss_of
+        optimizer = make(model.parameters())
+
+        def closure(model: nn.Module = model, loss: Callable[[Tensor, Tensor], Tensor] = loss) -> Tensor:
+            model.zero_grad()
+            value = loss(*batch(0))
+            value.backward()
+            return value
+
+        losses = [float(optimizer.step(closure)) for _ in range(2)]
+        ends.append((losses, [value.tolist() for value in model.state_dict().values()]))
+    assert ends[0] == ends[1]

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from torchnewton import vectors
 from torchnewton.optim.report import StepReport
-from torchnewton.record import BufferSnapshot, Closure
+from torchnewton.record import BufferSnapshot, Closure, eager_code
 
 
 class StepFailedError(Exception):
@@ -88,10 +88,13 @@ def trainable(optimizer: Optimizer) -> list[tuple[Tensor, dict[str, Any]]]:
 
 @contextmanager
 def all_or_nothing(params: Sequence[Tensor]) -> Iterator[BufferSnapshot]:
-    """If an exception leaves the block, parameters and buffers of the modules called inside are put back."""
+    """If an exception leaves the block, parameters and buffers of the modules called inside are put back.
+
+    What `torch.compile` has made of them runs as the eager code it was made of, in which their calls can be seen.
+    """
     start, buffers = vectors.clone(params), BufferSnapshot()
     try:
-        with buffers.watch():
+        with buffers.watch(), eager_code():
             yield buffers
     except BaseException:
         put(params, start)
