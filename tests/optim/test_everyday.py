@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 import torchnewton as tn
 
+SECANT = partial(tn.WorkerSecant, num_workers=2)
+
 
 def batch(number: int) -> tuple[Tensor, Tensor]:
     x = torch.randn(40, 4, generator=torch.Generator().manual_seed(number % 6))
@@ -244,11 +246,85 @@ def test_the_first_group_may_be_empty() -> None:
         assert losses[-1] < losses[0]
 
 
-def test_complex_parameters_are_refused() -> None:
+@pytest.mark.parametrize("make", [tn.Newton, tn.NewtonKrylov, tn.EntropySGD, tn.DCASGD, SECANT])
+def test_complex_parameters_are_refused(make: Callable[[Any], torch.optim.Optimizer]) -> None:
     p = nn.Parameter(torch.ones(2, dtype=torch.cfloat))
     with pytest.raises(tn.RecordError, match="view_as_complex"):
-        tn.Newton([p]).step(lambda: (p.abs() ** 2).sum())
+        make([p]).step(lambda: (p.abs() ** 2).sum())
     assert torch.equal(p.detach(), torch.ones(2, dtype=torch.cfloat))
+
+
+@pytest.mark.parametrize("returned", [None, (torch.ones(()), 1), torch.ones(2)])
+@pytest.mark.parametrize("make", [tn.EntropySGD, tn.DCASGD, SECANT])
+def test_a_closure_that_returns_no_loss(make: Callable[[Any], torch.optim.Optimizer], returned: Any) -> None:
+    model = perceptron()
+    optimizer, before = make(model.parameters()), copy.deepcopy(model.state_dict())
+
+    def closure() -> Any:
+        F.cross_entropy(model(batch(0)[0]), batch(0)[1]).backward()
+        return returned
+
+    with pytest.raises(ValueError, match="has to return the loss"):
+        optimizer.step(closure)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("make", "option", "value"),
+    [
+        (tn.Newton, "weight_decay", -1.0),
+        (tn.Newton, "weight_decay", math.inf),
+        (tn.SGN, "weight_decay", math.nan),
+        (tn.EntropySGD, "lr", -1.0),
+        (tn.EntropySGD, "average", 1.5),
+        (tn.DCASGD, "compensation", -1.0),
+        (SECANT, "rest_lr", -1.0),
+    ],
+)
+def test_options_out_of_range_are_refused_in_groups_too(make: Any, option: str, value: float) -> None:
+    p, q = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    with pytest.raises(ValueError, match=f"{option}={value}"):
+        make([p], **{option: value})
+    with pytest.raises(ValueError, match=f"{option}={value}"):
+        make([{"params": [p], option: value}])
+    optimizer = make([p])
+    with pytest.raises(ValueError, match=f"{option}={value}"):
+        optimizer.add_param_group({"params": [q], option: value})
+    assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize("change", ["freeze", "unfreeze", "add_param_group"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        partial(tn.DCASGD, delay=2, adaptive=True, momentum=0.5),
+        partial(tn.WorkerSecant, num_workers=3, past_rounds=2),
+        partial(tn.EntropySGD, inner_steps=2),
+    ],
+)
+def test_first_order_methods_train_other_parameters_from_some_step_on(
+    make: Callable[[Any], torch.optim.Optimizer], change: str
+) -> None:
+    model = perceptron()
+    model[0].requires_grad_(change == "freeze")
+    optimizer = make(model[2].parameters() if change == "add_param_group" else model.parameters())
+
+    def step() -> float:
+        def closure() -> Tensor:
+            model.zero_grad()
+            loss = F.cross_entropy(model(batch(0)[0]), batch(0)[1])
+            loss.backward()
+            return loss
+
+        return float(optimizer.step(closure))
+
+    losses = [step() for _ in range(3)]
+    model[0].requires_grad_(change != "freeze")
+    if change == "add_param_group":
+        optimizer.add_param_group({"params": list(model[0].parameters())})
+    losses += [step() for _ in range(6)]
+    assert losses[-1] < losses[0]
+    assert optimizer.report.accepted  # type: ignore[attr-defined]
 
 
 def test_another_optimizer_gets_its_gradients() -> None:

@@ -77,18 +77,7 @@ class EntropySGD(CompleteState):
         momentum: float = 0.9,
         weight_decay: float = 0.0,
     ) -> None:
-        check_ranges(
-            "EntropySGD",
-            lr=(lr, 0, math.inf),
-            inner_steps=(inner_steps, 0, math.inf),
-            inner_lr=(inner_lr, 0, math.inf),
-            scope=(scope, 0, math.inf),
-            scope_growth=(scope_growth, 0, math.inf),
-            noise=(noise, 0, math.inf),
-            average=(average, 0, 1 + 1e-12),
-            momentum=(momentum, 0, 1),
-            weight_decay=(weight_decay, 0, math.inf),
-        )
+        check_ranges("EntropySGD", inner_steps=(inner_steps, 0, math.inf))
         defaults = {
             "lr": lr,
             "inner_lr": inner_lr,

@@ -33,6 +33,7 @@ from torchnewton.record import (
     RecordError,
     StreamedTape,
     Tape,
+    refuse_complex,
     warn_about_rest,
 )
 from torchnewton.solvers import Auto, Operator, Solver, SolveResult, Status, UsesPreviousStep
@@ -108,8 +109,6 @@ class Newton(Flagship):
         process_group: DataParallel | dist.ProcessGroup | None = None,
     ) -> None:
         name = type(self).__name__
-        if not weight_decay >= 0:
-            raise ValueError(f"{name}: weight_decay={weight_decay} must not be negative.")
         if not 0 <= momentum < 1:
             raise ValueError(f"{name}: momentum={momentum} must be at least 0 and less than 1.")
         if retries < 0:
@@ -163,6 +162,7 @@ class Newton(Flagship):
         pairs = [(p, group["weight_decay"]) for group in self.param_groups for p in group["params"] if p.requires_grad]
         if not pairs:
             raise ValueError(f"{type(self).__name__}.step: no parameter of the optimizer requires a gradient.")
+        refuse_complex(p for p, _ in pairs)
         with whole_parameters([p for p, _ in pairs], self.data_parallel):
             return self._step(closure, curvature, pairs)
 

@@ -1,6 +1,6 @@
 """Closure → tape: what a run of the user's unchanged closure tells."""
 
-from torchnewton.record.errors import UNDEFINED, RecordError
+from torchnewton.record.errors import UNDEFINED, RecordError, refuse_complex
 from torchnewton.record.over import Objective, Progress, Weights, over
 from torchnewton.record.plain import plain_gradient
 from torchnewton.record.recorder import LayerCall, outputs
@@ -41,6 +41,7 @@ __all__ = [
     "over",
     "plain_gradient",
     "record",
+    "refuse_complex",
     "same_random_numbers",
     "tape_of",
     "warn_about_rest",

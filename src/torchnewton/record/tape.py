@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchnewton.record.errors import RecordError
+from torchnewton.record.errors import RecordError, refuse_complex
 from torchnewton.record.graph import Edge
 from torchnewton.record.recorder import LayerCall, OutputsWatcher, Place, Recorder, Watcher, refuse_grad_scaler
 from torchnewton.record.replay import (
@@ -204,11 +204,7 @@ def record(closure: Closure, params: Sequence[Tensor], *, create_graph: bool = T
     pass. A loss without a split is recorded: only a Gauss-Newton matrix of it raises.
     """
     params = list(params)
-    if any(p.is_complex() for p in params):
-        raise RecordError(
-            "a parameter is complex, which no method here supports: keep it as real numbers and make it complex inside "
-            "of the model, as torch.view_as_complex(p)."
-        )
+    refuse_complex(params)
     recorder = Recorder(params, create_graph)
     buffers = BufferSnapshot()
     random_state = RandomState([p.device for p in params])
