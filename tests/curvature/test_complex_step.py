@@ -104,6 +104,13 @@ def test_a_hand_computed_case():
     assert H.loss == 2.0
 
 
+def test_powers_at_zero():
+    """xⁿ for n = 0, 1, 2, where autograd has NaN for the first."""
+    theta = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+    H = tn.ComplexStepHessian(lambda: (theta ** torch.arange(3.0)).sum(), [theta])
+    assert torch.equal(H.to_dense(), torch.diag(torch.tensor([0.0, 0.0, 2.0], dtype=torch.float64)))
+
+
 def test_it_is_symmetric_linear_and_an_operator():
     model, x, y = problem()
     H = tn.ComplexStepHessian(lambda: F.cross_entropy(model(x), y), list(model.parameters()))
@@ -236,6 +243,13 @@ def test_a_function_without_a_rule_is_named_with_the_way_out(rules):
     assert "@tn.complex_step_rule" in str(raised.value)
     with pytest.raises(tn.RecordError, match=r"no rule for .*Cube"):
         of(lambda x: Cube.apply(x))()
+    for what, function in {
+        "mode='max'": lambda x: F.embedding_bag(torch.tensor([[0, 1]]), x[:, None], mode="max"),
+        "ord='nuc'": lambda x: torch.linalg.matrix_norm(x[:, None], "nuc"),
+        "ord=1": lambda x: torch.linalg.norm(x[:, None], 1),
+    }.items():
+        with pytest.raises(tn.RecordError, match=f"{what}.*tn.Hessian"):
+            of(function)()
     with pytest.raises(tn.RecordError, match=r"no rule for .*eigvalsh"):
         of(lambda x: torch.linalg.eigvalsh(torch.outer(x, x)))()
 
