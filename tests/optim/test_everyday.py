@@ -120,7 +120,10 @@ def test_a_step_that_ends_at_its_gradient_counts_it(factor: float) -> None:
 
 
 @pytest.mark.parametrize("at", [3, 17, 44])
-@pytest.mark.parametrize("make", [tn.Newton, tn.SGN, tn.NewtonCG, tn.HessianFree, tn.NewtonKrylov])
+@pytest.mark.parametrize(
+    "make",
+    [tn.Newton, tn.SGN, tn.NewtonCG, tn.HessianFree, tn.NewtonKrylov, partial(tn.NewtonKrylov, disagreement=1.0)],
+)
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
 def test_a_copy_goes_on_bit_for_bit(
     make: Callable[[Any], torch.optim.Optimizer], duplicate: Callable[[Any], Any], at: int
