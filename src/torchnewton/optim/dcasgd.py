@@ -48,7 +48,7 @@ class DCASGD(CompleteState):
         delay: of the simulator; 0.
 
     A gradient that is not finite is dropped, state and parameters stay as they were, bit for bit, and `report.status`
-    names the worker.
+    names the worker. What `torch.compile` has made runs as eager code.
 
     Errors: `ValueError` for arguments out of range, no closure, a closure without `backward()`, or a gradient of
     another shape. Cost: one gradient; memory of one vector for each worker, with `adaptive` two.

@@ -54,7 +54,7 @@ class EntropySGD(CompleteState):
 
     `optimizer.report` has the loss and gradient norm at x, of the first batch; `step` returns that loss.
     A step with a loss, gradient or sample that is not finite is rejected: parameters, buffers and state stay as they
-    were, bit for bit. BatchNorm statistics move in each call.
+    were, bit for bit. BatchNorm statistics move in each call. What `torch.compile` has made runs as eager code.
 
     Errors: `ValueError` for arguments out of range, no closure, or a closure without `backward()`.
     Cost: L gradients; memory of four vectors like the parameters.

@@ -71,9 +71,9 @@ class WorkerSecant(CompleteState):
 
     A worker whose loss, gradient or parameters are not finite is left out of the round, and `report.status` names it.
     Where none is left, or the new parameters are not finite, the step is rejected: all stays as it was, bit for bit.
-    Floating-point buffers (BatchNorm) become the mean over the workers. `report.inner_iterations` is the rank of the
-    solve, `report.bytes_communicated` what a worker has sent. Every rank has its own `state_dict` (its slices of
-    earlier rounds): save all of them, and resume with as many ranks.
+    Floating-point buffers (BatchNorm) become the mean over the workers. What `torch.compile` has made runs as eager
+    code. `report.inner_iterations` is the rank of the solve, `report.bytes_communicated` what a worker has sent. Every
+    rank has its own `state_dict` (its slices of earlier rounds): save all of them, and resume with as many ranks.
 
     Errors: `ValueError` for arguments, a group of another size, no closure, or a closure without `backward()`.
     Cost of a round for a worker: `local_steps` + 1 gradients; 3n(m − 1)/m numbers sent: θᵢ and gᵢ to the owners of
