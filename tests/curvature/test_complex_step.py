@@ -104,6 +104,13 @@ def test_a_hand_computed_case():
     assert H.loss == 2.0
 
 
+def test_powers_at_zero():
+    """xⁿ for n = 0, 1, 2, where autograd has NaN for the first."""
+    theta = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+    H = tn.ComplexStepHessian(lambda: (theta ** torch.arange(3.0)).sum(), [theta])
+    assert torch.equal(H.to_dense(), torch.diag(torch.tensor([0.0, 0.0, 2.0], dtype=torch.float64)))
+
+
 def test_it_is_symmetric_linear_and_an_operator():
     model, x, y = problem()
     H = tn.ComplexStepHessian(lambda: F.cross_entropy(model(x), y), list(model.parameters()))
@@ -158,6 +165,45 @@ def test_it_stays_at_the_point_of_its_construction():
     assert torch.equal(H @ v, before)
 
 
+class Centred(nn.Module):
+    """A layer around the running mean of its inputs, which it moves before it reads it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 3)
+        self.register_buffer("mean", torch.zeros(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.mean.lerp_(x.mean(0), 0.5)
+        return torch.tanh(self.linear(x - self.mean))
+
+
+def test_products_see_the_buffers_of_the_construction(rules):
+    """Also where the forward pass reads what it moves, and where somebody changes them later."""
+    tn.complex_step_rule(Cube)(lambda z: z * z * z)  # which is checked by a difference of gradients
+    torch.manual_seed(1)
+    model = nn.Sequential(Centred(), nn.BatchNorm1d(3)).double()
+    model[1].eval()
+    x, y = uniform(5, 4).double(), integers(3, 5)
+    params = list(model.parameters())
+    start = {name: value.clone() for name, value in model.state_dict().items()}
+
+    def closure() -> Tensor:
+        return F.cross_entropy(Cube.apply(model(x)), y)
+
+    tape = tn.record(closure, params)
+    v = random(sum(p.numel() for p in params), 0)
+    expected = tn.Hessian(tape) @ v
+    operators = [tn.ComplexStepHessian.of(tape)]
+    model.load_state_dict(start)
+    operators.append(tn.ComplexStepHessian(closure, params))
+    with torch.no_grad():
+        for buffer in model.buffers():
+            buffer.add_(1)
+    for H in operators:
+        assert_close(H @ v, expected, 1e-12)
+
+
 class Cube(torch.autograd.Function):
     """A kernel of the user's own."""
 
@@ -197,6 +243,13 @@ def test_a_function_without_a_rule_is_named_with_the_way_out(rules):
     assert "@tn.complex_step_rule" in str(raised.value)
     with pytest.raises(tn.RecordError, match=r"no rule for .*Cube"):
         of(lambda x: Cube.apply(x))()
+    for what, function in {
+        "mode='max'": lambda x: F.embedding_bag(torch.tensor([[0, 1]]), x[:, None], mode="max"),
+        "ord='nuc'": lambda x: torch.linalg.matrix_norm(x[:, None], "nuc"),
+        "ord=1": lambda x: torch.linalg.norm(x[:, None], 1),
+    }.items():
+        with pytest.raises(tn.RecordError, match=f"{what}.*tn.Hessian"):
+            of(function)()
     with pytest.raises(tn.RecordError, match=r"no rule for .*eigvalsh"):
         of(lambda x: torch.linalg.eigvalsh(torch.outer(x, x)))()
 

@@ -81,7 +81,8 @@ def test_bytes_fall_with_the_number_of_ranks(size, ranks, two):
     assert sum(parameters for parameters, *_ in found) == total + (size - 1) * scalar
     assert max(parameters for parameters, *_ in found) < 1.2 * total / size + scalar
     for parameters, vectors, state, num_state, kept, num_kept in found:
-        assert vectors == 12 * parameters  # θ, g, m, m̂, −m̂, x, r, p, last step and momentum, old m and last step
+        # θ now and before the step, g, m, m̂, −m̂, x, r, p, last step and momentum, old m and last step
+        assert vectors == 13 * parameters
         assert num_state == 2 * 8  # last step and momentum of eight parameters
         assert state == 2 * parameters
         assert kept == scalar * num_kept  # nothing of the whole parameters

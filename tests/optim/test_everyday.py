@@ -6,6 +6,7 @@ import copy
 import math
 import pickle
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import torchnewton as tn
+
+SECANT = partial(tn.WorkerSecant, num_workers=2)
 
 
 def batch(number: int) -> tuple[Tensor, Tensor]:
@@ -53,8 +56,74 @@ def test_other_parameters_are_trained_from_some_step_on(change: str, at: int) ->
     assert train(model, optimizer, range(at, at + 30)) == train(twin, reference, range(at, at + 30))
 
 
+@pytest.mark.parametrize("change", ["freeze", "add_param_group"])
+def test_an_error_at_the_first_step_of_other_parameters_forgets_nothing(change: str) -> None:
+    model = perceptron()
+    optimizer = tn.Newton(model[2].parameters() if change == "add_param_group" else model.parameters())
+    train(model, optimizer, range(20))
+    before, known = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
+    if change == "add_param_group":
+        optimizer.add_param_group({"params": list(model[0].parameters())})
+    else:
+        model[0].requires_grad_(False)
+    with pytest.raises(KeyError, match="no such file"):
+        optimizer.step(lambda: {}["no such file"])
+    if change == "add_param_group":
+        del optimizer.param_groups[-1]
+    else:
+        model[0].requires_grad_(True)
+    twin = perceptron()
+    twin.load_state_dict(before)
+    reference = tn.Newton(twin[2].parameters() if change == "add_param_group" else twin.parameters())
+    reference.load_state_dict(known)
+    assert train(model, optimizer, range(20, 40)) == train(twin, reference, range(20, 40))
+
+
+class Failing(tn.LevenbergMarquardt):
+    """A rule that fails after the move."""
+
+    def update(self, *_: Any) -> float:
+        raise KeyError("of the rule")
+
+
+def test_an_error_after_the_move_takes_it_back() -> None:
+    model = perceptron()
+    optimizer = tn.Newton(model.parameters(), damping=Failing())
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(KeyError, match="of the rule"):
+        train(model, optimizer, range(1))
+    assert optimizer.report.step_length > 0
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("solver", [tn.Direct(), tn.Dual(), tn.Auto(), tn.CG(max_iterations=3)])
+def test_explicit_factors_as_the_curvature(solver: tn.Solver) -> None:
+    """What a product with them costs is found by a backward pass, which has to come before the parameters move."""
+    model = perceptron()
+    optimizer = tn.Newton(
+        model.parameters(), curvature=lambda tape: tn.GaussNewton(tape, tn.LayerJacobian(tape)), solver=solver
+    )
+    losses = train(model, optimizer, range(0, 18, 6))
+    assert losses == sorted(losses, reverse=True)
+    work = 1 + optimizer.report.loss_evaluations / 3 + 2 / 3 * optimizer.report.products
+    assert optimizer.report.gradient_equivalents >= work - 1e-12
+
+
+@pytest.mark.parametrize("factor", [math.nan, 0.0])
+def test_a_step_that_ends_at_its_gradient_counts_it(factor: float) -> None:
+    model = perceptron()
+    optimizer = tn.NewtonCG(model.parameters())
+    train(model, optimizer, range(1))
+    optimizer.step(lambda: F.cross_entropy(model(batch(0)[0]), batch(0)[1]) * factor)
+    assert not optimizer.report.accepted
+    assert optimizer.report.gradient_equivalents == 1
+
+
 @pytest.mark.parametrize("at", [3, 17, 44])
-@pytest.mark.parametrize("make", [tn.Newton, tn.SGN, tn.NewtonCG, tn.HessianFree, tn.NewtonKrylov])
+@pytest.mark.parametrize(
+    "make",
+    [tn.Newton, tn.SGN, tn.NewtonCG, tn.HessianFree, tn.NewtonKrylov, partial(tn.NewtonKrylov, disagreement=1.0)],
+)
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
 def test_a_copy_goes_on_bit_for_bit(
     make: Callable[[Any], torch.optim.Optimizer], duplicate: Callable[[Any], Any], at: int
@@ -180,11 +249,85 @@ def test_the_first_group_may_be_empty() -> None:
         assert losses[-1] < losses[0]
 
 
-def test_complex_parameters_are_refused() -> None:
+@pytest.mark.parametrize("make", [tn.Newton, tn.NewtonKrylov, tn.EntropySGD, tn.DCASGD, SECANT])
+def test_complex_parameters_are_refused(make: Callable[[Any], torch.optim.Optimizer]) -> None:
     p = nn.Parameter(torch.ones(2, dtype=torch.cfloat))
     with pytest.raises(tn.RecordError, match="view_as_complex"):
-        tn.Newton([p]).step(lambda: (p.abs() ** 2).sum())
+        make([p]).step(lambda: (p.abs() ** 2).sum())
     assert torch.equal(p.detach(), torch.ones(2, dtype=torch.cfloat))
+
+
+@pytest.mark.parametrize("returned", [None, (torch.ones(()), 1), torch.ones(2)])
+@pytest.mark.parametrize("make", [tn.EntropySGD, tn.DCASGD, SECANT])
+def test_a_closure_that_returns_no_loss(make: Callable[[Any], torch.optim.Optimizer], returned: Any) -> None:
+    model = perceptron()
+    optimizer, before = make(model.parameters()), copy.deepcopy(model.state_dict())
+
+    def closure() -> Any:
+        F.cross_entropy(model(batch(0)[0]), batch(0)[1]).backward()
+        return returned
+
+    with pytest.raises(ValueError, match="has to return the loss"):
+        optimizer.step(closure)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("make", "option", "value"),
+    [
+        (tn.Newton, "weight_decay", -1.0),
+        (tn.Newton, "weight_decay", math.inf),
+        (tn.SGN, "weight_decay", math.nan),
+        (tn.EntropySGD, "lr", -1.0),
+        (tn.EntropySGD, "average", 1.5),
+        (tn.DCASGD, "compensation", -1.0),
+        (SECANT, "rest_lr", -1.0),
+    ],
+)
+def test_options_out_of_range_are_refused_in_groups_too(make: Any, option: str, value: float) -> None:
+    p, q = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    with pytest.raises(ValueError, match=f"{option}={value}"):
+        make([p], **{option: value})
+    with pytest.raises(ValueError, match=f"{option}={value}"):
+        make([{"params": [p], option: value}])
+    optimizer = make([p])
+    with pytest.raises(ValueError, match=f"{option}={value}"):
+        optimizer.add_param_group({"params": [q], option: value})
+    assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize("change", ["freeze", "unfreeze", "add_param_group"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        partial(tn.DCASGD, delay=2, adaptive=True, momentum=0.5),
+        partial(tn.WorkerSecant, num_workers=3, past_rounds=2),
+        partial(tn.EntropySGD, inner_steps=2),
+    ],
+)
+def test_first_order_methods_train_other_parameters_from_some_step_on(
+    make: Callable[[Any], torch.optim.Optimizer], change: str
+) -> None:
+    model = perceptron()
+    model[0].requires_grad_(change == "freeze")
+    optimizer = make(model[2].parameters() if change == "add_param_group" else model.parameters())
+
+    def step() -> float:
+        def closure() -> Tensor:
+            model.zero_grad()
+            loss = F.cross_entropy(model(batch(0)[0]), batch(0)[1])
+            loss.backward()
+            return loss
+
+        return float(optimizer.step(closure))
+
+    losses = [step() for _ in range(3)]
+    model[0].requires_grad_(change != "freeze")
+    if change == "add_param_group":
+        optimizer.add_param_group({"params": list(model[0].parameters())})
+    losses += [step() for _ in range(6)]
+    assert losses[-1] < losses[0]
+    assert optimizer.report.accepted  # type: ignore[attr-defined]
 
 
 def test_another_optimizer_gets_its_gradients() -> None:
@@ -244,3 +387,37 @@ def test_the_first_step_is_tried_again_with_a_larger_damping() -> None:
         dampings.append(optimizer.report.damping)
     assert dampings == sorted(set(dampings))
     assert torch.equal(p.detach(), torch.ones(3))
+
+
+@pytest.mark.parametrize("whole_loss", [False, True])
+@pytest.mark.parametrize(
+    "make",
+    [
+        partial(tn.EntropySGD, inner_steps=2),
+        partial(tn.DCASGD, delay=1),
+        partial(tn.WorkerSecant, num_workers=2),
+    ],
+)
+def test_what_is_compiled_trains_as_what_is_not(make: Callable[[Any], torch.optim.Optimizer], whole_loss: bool) -> None:
+    """From the first call on, and with its buffers."""
+    ends = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+        called = torch.compile(model, backend="eager") if compiled and not whole_loss else model
+
+        def loss_of(x: Tensor, y: Tensor, called: Callable[[Tensor], Tensor] = called) -> Tensor:
+            return F.cross_entropy(called(x), y)
+
+        loss = torch.compile(loss_of, backend="eager") if compiled and whole_loss else loss_of
+        optimizer = make(model.parameters())
+
+        def closure(model: nn.Module = model, loss: Callable[[Tensor, Tensor], Tensor] = loss) -> Tensor:
+            model.zero_grad()
+            value = loss(*batch(0))
+            value.backward()
+            return value
+
+        losses = [float(optimizer.step(closure)) for _ in range(2)]
+        ends.append((losses, [value.tolist() for value in model.state_dict().values()]))
+    assert ends[0] == ends[1]

@@ -169,6 +169,7 @@ def test_a_bad_stretch_is_taken_back_bit_for_bit():
     report = run.step()
     assert "taken back" in report.status
     assert not report.accepted
+    assert report.gradient_equivalents == pytest.approx(1 + 1 + 1 / 3)  # plain, then recorded; the loss at the anchor
     assert same(anchor, run.parameters())
     assert run.state["glide"]["pause"] == Glide().pause
     assert run.step().solver == "plane of 1 directions"

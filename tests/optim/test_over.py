@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from methods import differences, make_model, snapshot
 from reference import assert_close, flat
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
 from torch.utils.data import DataLoader, TensorDataset
 from zoo import integers, uniform
 
@@ -146,6 +147,45 @@ def test_masks_repeat_and_statistics_move_once():
     assert all(torch.equal(a, b) for a, b in zip(model.buffers(), twin_buffers, strict=True))
     assert int(model[1].num_batches_tracked) == 4
     assert all(torch.equal(p.grad, torch.ones_like(p)) for p in model.parameters())
+
+
+@pytest.mark.parametrize("method", ["newton-cg", "newton-krylov", "newton-direct"])
+def test_buffers_that_a_forward_pass_reads_run_through_every_pass(method):
+    """The loss after a step that is measured within it is that of the same pass at the new parameters."""
+    torch.manual_seed(1)
+    model = nn.Sequential(spectral_norm(nn.Linear(4, 6)), nn.Tanh(), nn.Linear(6, 3)).double()
+    optimizer = METHODS[method](model.parameters())
+    data = objective(model, torch.arange(23), 5)
+    twin = copy.deepcopy(model)
+    for _ in range(3):
+        twin.load_state_dict(model.state_dict())
+        before = float(objective(twin, torch.arange(23), 5)().detach())
+        after = {name: b.clone() for name, b in twin.named_buffers()}
+        twin.load_state_dict(model.state_dict())
+        assert float(optimizer.step(data)) == pytest.approx(before, rel=1e-14)
+        assert optimizer.report.accepted
+        assert all(torch.equal(b, after[name]) for name, b in model.named_buffers())
+        with torch.no_grad():
+            for p, new in zip(twin.parameters(), model.parameters(), strict=True):
+                p.copy_(new)
+        reached = before - optimizer.report.actual_reduction
+        assert float(objective(twin, torch.arange(23), 5)().detach()) == pytest.approx(reached, rel=1e-13)
+
+
+def test_the_curvature_of_a_stream_is_that_at_the_buffers_of_its_gradient():
+    """Against one graph of all batches, through which the buffers run as well."""
+    torch.manual_seed(1)
+    model = nn.Sequential(spectral_norm(nn.Linear(4, 6)), nn.Tanh(), nn.Linear(6, 3)).double()
+    params, start = list(model.parameters()), copy.deepcopy(model.state_dict())
+    data = objective(model, torch.arange(23), 5)
+    v = torch.randn(sum(p.numel() for p in params), dtype=torch.float64)
+    expected = tn.Hessian(tn.record(data, params)) @ v
+    for curvature in (tn.Hessian, tn.ComplexStepHessian.of):
+        model.load_state_dict(start)
+        A = tn.Average(data, params, curvature=curvature)
+        for _ in range(2):
+            assert_close(A @ v, expected, 1e-12)
+        assert differences(snapshot(model), start) == []
 
 
 @pytest.mark.parametrize("where", ["loss", "curvature"])

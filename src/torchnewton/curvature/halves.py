@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -52,7 +53,7 @@ class Halves(LinearOperator):
     @classmethod
     def of(cls, curvature: Callable[[Tape], LinearOperator]) -> Callable[[Tape], Halves]:
         """The same for a curvature that is made from a tape."""
-        return lambda tape: cls(curvature(tape), tape)
+        return partial(_halves, cls, curvature)  # which can be pickled
 
     def apply(self, v: Sequence[Tensor]) -> Vector:
         """Av."""
@@ -104,3 +105,7 @@ class Halves(LinearOperator):
     def _outputs(self, p: Sequence[Tensor], h: float) -> list[Tensor]:
         with moved(self.tape.params, p, h):
             return self.tape.evaluate_outputs()
+
+
+def _halves(kind: type[Halves], curvature: Callable[[Tape], LinearOperator], tape: Tape) -> Halves:
+    return kind(curvature(tape), tape)

@@ -203,7 +203,10 @@ class ConstantDamping:
 
 @dataclass(frozen=True)
 class ScheduledDamping:
-    """λ = `schedule`(number of steps made), whatever the ratio; the rest as in `Damping`: `unit`, `damped_model`, `full_step`, `search`."""
+    """λ = `schedule`(number of steps made), whatever the ratio.
+
+    `unit`, `damped_model`, `full_step` and `search` as in `Damping`.
+    """
 
     schedule: Callable[[int], float]
     damped_model: bool = False

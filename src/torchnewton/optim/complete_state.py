@@ -7,18 +7,50 @@ with its first parameter has to be made anew with the parameters in the same ord
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 
+from torchnewton.optim.evaluation import check_ranges
+
 State = dict[str, Any]
 _BLANK = "blank"  # the names of the entries that stand for none
+_RANGES = {  # of the options of a parameter group, which mean the same in every optimizer: low ≤ value < high
+    "lr": (0, math.inf),
+    "rest_lr": (0, math.inf),
+    "inner_lr": (0, math.inf),
+    "scope": (0, math.inf),
+    "scope_growth": (0, math.inf),
+    "noise": (0, math.inf),
+    "average": (0, 1 + 1e-12),
+    "compensation": (0, math.inf),
+    "decay": (0, 1),
+    "momentum": (0, 1),
+    "weight_decay": (0, math.inf),
+}
 
 
 class CompleteState(Optimizer):
-    """An optimizer that `copy.deepcopy` and `pickle` take as a whole; of torch's they take groups and state alone."""
+    """An optimizer that `copy.deepcopy` and `pickle` take as a whole; of torch's they take groups and state alone.
+
+    Options out of their range raise `ValueError`, those of every group as well.
+    """
+
+    def __init__(self, params: Iterable[Any], defaults: State) -> None:
+        self._check(defaults)
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: State) -> None:
+        """See `torch.optim.Optimizer.add_param_group`."""
+        self._check(param_group)
+        super().add_param_group(param_group)
+
+    def _check(self, options: Mapping[str, Any]) -> None:
+        given = {name: options[name] for name in _RANGES if options.get(name) is not None}
+        check_ranges(type(self).__name__, **{name: (value, *_RANGES[name]) for name, value in given.items()})
 
     def __getstate__(self) -> State:
         return dict(self.__dict__)

@@ -48,7 +48,7 @@ class DCASGD(CompleteState):
         delay: of the simulator; 0.
 
     A gradient that is not finite is dropped, state and parameters stay as they were, bit for bit, and `report.status`
-    names the worker.
+    names the worker. What `torch.compile` has made runs as eager code.
 
     Errors: `ValueError` for arguments out of range, no closure, a closure without `backward()`, or a gradient of
     another shape. Cost: one gradient; memory of one vector for each worker, with `adaptive` two.
@@ -69,15 +69,7 @@ class DCASGD(CompleteState):
         delay: int = 0,
     ) -> None:
         compensation = (2.0 if adaptive else 0.04) if compensation is None else compensation
-        check_ranges(
-            "DCASGD",
-            lr=(lr, 0, math.inf),
-            compensation=(compensation, 0, math.inf),
-            decay=(decay, 0, 1),
-            momentum=(momentum, 0, 1),
-            weight_decay=(weight_decay, 0, math.inf),
-            delay=(delay, 0, math.inf),
-        )
+        check_ranges("DCASGD", delay=(delay, 0, math.inf))
         defaults = {
             "lr": lr,
             "compensation": compensation,
@@ -120,6 +112,9 @@ class DCASGD(CompleteState):
         if turn == 0:
             for i in range(self.delay + 1):
                 self.send(str(i))
+        for p in params:
+            if "backups" not in self.state[p]:  # trained from now on
+                self.state[p]["backups"] = {str(i): p.detach().clone() for i in range(self.delay + 1)}
         worker, kept = str(turn % (self.delay + 1)), [p.detach().clone() for p in params]
         try:
             with all_or_nothing(params):

@@ -54,7 +54,7 @@ class EntropySGD(CompleteState):
 
     `optimizer.report` has the loss and gradient norm at x, of the first batch; `step` returns that loss.
     A step with a loss, gradient or sample that is not finite is rejected: parameters, buffers and state stay as they
-    were, bit for bit. BatchNorm statistics move in each call.
+    were, bit for bit. BatchNorm statistics move in each call. What `torch.compile` has made runs as eager code.
 
     Errors: `ValueError` for arguments out of range, no closure, or a closure without `backward()`.
     Cost: L gradients; memory of four vectors like the parameters.
@@ -77,18 +77,7 @@ class EntropySGD(CompleteState):
         momentum: float = 0.9,
         weight_decay: float = 0.0,
     ) -> None:
-        check_ranges(
-            "EntropySGD",
-            lr=(lr, 0, math.inf),
-            inner_steps=(inner_steps, 0, math.inf),
-            inner_lr=(inner_lr, 0, math.inf),
-            scope=(scope, 0, math.inf),
-            scope_growth=(scope_growth, 0, math.inf),
-            noise=(noise, 0, math.inf),
-            average=(average, 0, 1 + 1e-12),
-            momentum=(momentum, 0, 1),
-            weight_decay=(weight_decay, 0, math.inf),
-        )
+        check_ranges("EntropySGD", inner_steps=(inner_steps, 0, math.inf))
         defaults = {
             "lr": lr,
             "inner_lr": inner_lr,

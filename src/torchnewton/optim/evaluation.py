@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from torchnewton import vectors
 from torchnewton.optim.report import StepReport
-from torchnewton.record import BufferSnapshot, Closure
+from torchnewton.record import BufferSnapshot, Closure, eager_code, refuse_complex
 
 
 class StepFailedError(Exception):
@@ -35,7 +35,8 @@ class Calls:
         """Run the closure.
 
         Raises:
-            ValueError: if no parameter got a gradient: then the closure did not call `backward()`.
+            ValueError: if no parameter got a gradient: then the closure did not call `backward()`; or if it returned
+                no number.
             StepFailedError: if loss or gradient is not finite.
         """
         for p in self.params:
@@ -49,7 +50,7 @@ class Calls:
                 "the loss, on a loss that depends on the optimizer's parameters."
             )
         returned = returned.detach() if isinstance(returned, Tensor) else returned
-        loss, size = float(returned), vectors.norm(used)
+        loss, size = _number(returned), vectors.norm(used)
         if not self.report.gradient_equivalents:
             self.returned, self.report.loss, self.report.gradient_norm = returned, loss, size
         self.report.gradient_equivalents += 1
@@ -58,6 +59,16 @@ class Calls:
         if not math.isfinite(size) and not vectors.is_finite(used):
             raise StepFailedError("the gradient is not finite")
         return [p.grad for p in self.params]
+
+
+def _number(returned: Any) -> float:
+    try:
+        return float(returned)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"closure: it returned a {type(returned).__name__}, which is no number. It has to return the loss, as a "
+            "scalar tensor or a float, after it has called loss.backward()."
+        ) from error
 
 
 def needed(closure: Closure | None, optimizer: Optimizer) -> Closure:
@@ -79,19 +90,24 @@ def trainable(optimizer: Optimizer) -> list[tuple[Tensor, dict[str, Any]]]:
 
     Raises:
         ValueError: if there is none.
+        RecordError: if one is complex.
     """
     found = [(p, group) for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
     if not found:
         raise ValueError(f"{type(optimizer).__name__}.step: no parameter of the optimizer requires a gradient.")
+    refuse_complex(p for p, _ in found)
     return found
 
 
 @contextmanager
 def all_or_nothing(params: Sequence[Tensor]) -> Iterator[BufferSnapshot]:
-    """If an exception leaves the block, parameters and buffers of the modules called inside are put back."""
+    """If an exception leaves the block, parameters and buffers of the modules called inside are put back.
+
+    What `torch.compile` has made of them runs as the eager code it was made of, in which their calls can be seen.
+    """
     start, buffers = vectors.clone(params), BufferSnapshot()
     try:
-        with buffers.watch():
+        with buffers.watch(), eager_code():
             yield buffers
     except BaseException:
         put(params, start)

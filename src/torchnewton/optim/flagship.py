@@ -39,6 +39,7 @@ class Flagship(Remembers):
         try:
             with self._timed("record"):
                 returned, gradient = plain_gradient(closure, params)
+            self.report.gradient_equivalents += 1
             self.report.loss = float(returned)
             value = self.report.loss + penalty(params, decays)
             gradient = [g if w == 0 else g + w * p for g, p, w in zip(gradient, params, decays, strict=True)]
@@ -92,7 +93,6 @@ class Flagship(Remembers):
         memory["step"] += 1
         memory["glide"] = as_memory(glide.glided(state, value, *slopes))
         report.regime, report.solver, report.status = "plane", result.method, result.status.value
-        report.gradient_equivalents += 1.0
         memory["work"] += 1.0
         return True
 
@@ -107,7 +107,6 @@ class Flagship(Remembers):
         if failed:
             status = f"the last {state.gone} steps, not tested before, had raised the loss: taken back"
             self._return_to_anchor(point.params, status)
-            self.report.gradient_equivalents += 4 / 3
         return failed
 
     def _has_left_domain(self, params: list[Tensor]) -> bool:

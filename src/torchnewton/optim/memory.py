@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -145,10 +145,31 @@ class Remembers(CompleteState):
             for p, x in zip(params, d, strict=True):
                 self.state[p]["last_step"] = x * step_length
 
-    def _notice(self, params: Iterable[Tensor]) -> None:
-        """Where other parameters are trained than in the last step, forget what was learned of those."""
+    def _undoing(self, params: list[Tensor]) -> Callable[[], None]:
+        """What puts parameters, state and preconditioner back to how they are now."""
+        values = vectors.clone(params)
+        saved = {p: dict(self.state[p]) for group in self.param_groups for p in group["params"] if p in self.state}
+        running = None if self._running is None else self._running.state_dict()
+
+        def undo() -> None:
+            for p, value in zip(params, values, strict=True):
+                p.data.copy_(value)
+            if self._running is not None and running is not None:
+                self._running.load_state_dict(running)
+            for p, state in saved.items():
+                self.state[p] = state
+            self._use_regime()
+
+        return undo
+
+    def _places(self, params: Iterable[Tensor]) -> tuple[int, ...]:
+        """Where these are among all parameters."""
         places = {p: i for i, p in enumerate(p for group in self.param_groups for p in group["params"])}
-        trained, memory = tuple(places[p] for p in params), self._memory
+        return tuple(places[p] for p in params)
+
+    def _notice(self, trained: tuple[int, ...]) -> None:
+        """Where other parameters are trained than in the last step, forget what was learned of those."""
+        memory = self._memory
         if memory["trained"] not in (None, trained):
             for state in self.state.values():
                 for name in ("anchor", "last_step"):

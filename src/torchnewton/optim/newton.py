@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,6 +41,7 @@ from torchnewton.record import (
     Objective,
     RecordError,
     Tape,
+    refuse_complex,
     warn_about_rest,
 )
 from torchnewton.solvers import Auto, Operator, Solver, SolveResult, Status, uses_previous_step
@@ -91,7 +93,7 @@ class Newton(Flagship):
     Errors: `RecordError` for a closure that cannot be recorded, or whose loss changes between two runs on the same
     random numbers (checked once, at the first step); `ValueError` for arguments.
     Cost of a step: one gradient, the solve (`report.products` products of 4/3 gradients, or a factorization), and 1/3
-    of a gradient for each loss evaluation. Memory: the graph of the loss and that of its backward pass, about five
+    of a gradient for each loss evaluation. Memory: the graph of the loss and that of its backward pass, about six
     vectors like the parameters, and for a factorization the rows of the Jacobian and the factorized matrix.
     """
 
@@ -176,6 +178,7 @@ class Newton(Flagship):
         pairs = [(p, group["weight_decay"]) for group in self.param_groups for p in group["params"] if p.requires_grad]
         if not pairs:
             raise ValueError(f"{type(self).__name__}.step: no parameter of the optimizer requires a gradient.")
+        refuse_complex(p for p, _ in pairs)
         with whole_parameters([p for p, _ in pairs], self.data_parallel):
             return self._step(closure, curvature, pairs)
 
@@ -184,22 +187,14 @@ class Newton(Flagship):
         if self.trust_region is not None:
             self.report.radius = self.radius
         params, decays = [p for p, _ in pairs], [w for _, w in pairs]
-        self._notice(params)
-        if curvature is None and self.data_parallel is None:
+        trained = self._places(params)
+        if curvature is None and self.data_parallel is None and self._memory["trained"] == trained:
             glided = self._glided(closure, params, decays)
             if glided is not None:
                 return glided[0]
         with self._timed("record"):
-            create_graph = self._memory["products"] and curvature is None
-            try:
-                point = Point(closure, params, decays, create_graph=create_graph, parallel=self.data_parallel)
-            except UNDEFINED:
-                if not self._has_left_domain(params):
-                    raise
-                point = Point(closure, params, decays, create_graph=create_graph, parallel=self.data_parallel)
+            point, undo = self._recorded(closure, params, decays, trained, curvature is None)
         self.data_parallel = point.share.parallel
-        saved = {p: dict(self.state[p]) for group in self.param_groups for p in group["params"] if p in self.state}
-        running = None if self._running is None else self._running.state_dict()
         try:
             with point.share.agreeing():
                 if not self._memory["checked"] and math.isfinite(point.loss):
@@ -208,15 +203,18 @@ class Newton(Flagship):
                 failure = self._advance(point, curvature)
         except BaseException as error:
             can_go_on = isinstance(error, RecordError) and self._has_other_regime(point)
-            self._undo(point, saved, running)
+            undo()
+            point.undo()
             if not can_go_on:
                 raise
             return self._without_exact_steps(point, error)
         finally:
+            self.report.gradient_equivalents += self.report.loss_evaluations / 3
             self.report.bytes_communicated, self.report.messages = point.share.spent()
         if failure:
             chosen = {name: self._memory[name] for name in ("regime", "damping", "scale")}
-            self._undo(point, saved, running)
+            undo()
+            point.undo()
             if self.choice is not None and self._memory["regime"]["exact"] is None:
                 self._memory.update(chosen)  # the parts of the first step: λ is raised from theirs
                 self._use_regime()
@@ -225,10 +223,33 @@ class Newton(Flagship):
             point.settle()
         return point.returned
 
+    def _recorded(
+        self, closure: Closure, params: list[Tensor], decays: list[float], trained: tuple[int, ...], alone: bool
+    ) -> tuple[Point, Callable[[], None]]:
+        """The point of the step, and what undoes the step; an exception leaves all as it was.
+
+        Where untested steps have led out of the closure's domain, the step starts where these began.
+        """
+        undo = self._undoing(params)
+        try:
+            self._notice(trained)
+            create_graph = self._memory["products"] and alone
+            point = partial(Point, closure, params, decays, create_graph=create_graph, parallel=self.data_parallel)
+            try:
+                return point(), undo
+            except UNDEFINED:
+                if not self._has_left_domain(params):
+                    raise
+                return point(), self._undoing(params)
+        except BaseException:
+            undo()
+            raise
+
     def _advance(self, point: Point, curvature: Closure | None) -> str:
         """Solve and search; returns why the step must be rejected, or nothing."""
         report, memory = self.report, self._memory
         report.loss, report.gradient_norm = point.loss, vectors.norm(point.gradient)
+        report.gradient_equivalents += 1
         if self._take_back(point):
             return ""
         if not math.isfinite(point.value):
@@ -256,10 +277,13 @@ class Newton(Flagship):
                 memory["warned"] = True
                 warn_about_rest()
             self._find_scale(point, A, gradient)
-        solver, result = self.solver_at(memory["step"]), None
+        solver, result, counted = self.solver_at(memory["step"]), None, 0.0
         for number in range(1 + MOST_SOLVES_AGAIN):
             with self._timed("solve"):
                 result = self._solve(point, solver, A, gradient, result)
+            if report.products > counted:  # now: what a product takes may have to be found where A was made
+                made, counted = report.products - counted, report.products
+                report.gradient_equivalents += _fraction_seen(point, curvature) * made * A.gradients_per_product
             if result.status is Status.NOT_FINITE or not vectors.is_finite(result.solution):
                 return Status.NOT_FINITE.value
             if report.gradient_norm == 0 and vectors.norm(result.solution) == 0:
@@ -270,8 +294,6 @@ class Newton(Flagship):
                 self._search(point, gradient, result, Armijo(max_halvings=0) if again else self.line_search)
             if report.accepted or not again:
                 break
-        report.gradient_equivalents += 1 + report.loss_evaluations / 3
-        report.gradient_equivalents += _fraction_seen(point, curvature) * report.products * A.gradients_per_product
         memory["step"] += 1
         memory["work"] += memory["regime"]["price"] if memory["regime"]["exact"] else 1.0
         assert result is not None  # the loop runs at least once
@@ -414,15 +436,6 @@ class Newton(Flagship):
             ratio, predicted = report.reduction_ratio, report.predicted_reduction
             memory["last"] = (memory["damping"], ratio, alpha, predicted, found.value)
         memory["damping"] = rule.update(memory["damping"], report.reduction_ratio, alpha, memory["step"] + 1)
-
-    def _undo(self, point: Point, saved: dict[Tensor, dict[str, Any]], running: dict[str, Any] | None) -> None:
-        """Buffers and state as before the step; the parameters have not moved."""
-        point.undo()
-        if self._running is not None and running is not None:
-            self._running.load_state_dict(running)
-        for p, state in saved.items():
-            self.state[p] = state
-        self._use_regime()
 
     def _reject(self, reason: str) -> None:
         self.report.status = f"rejected: {reason}"

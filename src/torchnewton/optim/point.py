@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -20,7 +21,6 @@ from torchnewton.record import (
     RecordError,
     StreamedTape,
     Tape,
-    same_random_numbers,
 )
 from torchnewton.vectors import Vector
 
@@ -104,8 +104,8 @@ class Point:
         """The curvature of F, from this tape or another closure's, and that tape."""
         objective = self.closure if curvature is None else curvature
         if isinstance(objective, Objective) and objective.is_streamed:
-            same = self.tape.random_state if curvature is None else None
-            with same_random_numbers(same, [p.device for p in self.params]):
+            first = self.tape if curvature is None else None
+            with first.restarted() if isinstance(first, StreamedTape) else nullcontext():
                 A, streamed = average_share(objective, self.params, make, self.share.parallel)
             return self._decayed(A), streamed
         tape, share = self.tape, self.share

@@ -61,7 +61,8 @@ class WorkerSecant(CompleteState):
         num_workers: m of the simulation on one process.
         process_group: the ranks that work together; without both, the default group.
         form: `multi-secant` or `symmetric`.
-        past_rounds: how many earlier rounds' points stay in S and Y, so that m may exceed the number of ranks.
+        past_rounds: how many earlier rounds' points stay in S and Y, so that m may exceed the number of ranks; those
+            of the same trained parameters.
         descent: leave out pairs with sᵀy ≤ 0, and the Newton-Raphson step where the result would not point downhill.
         cutoff: see above; 10·(number of pairs)·(machine precision of the parameters).
         damping: is added to the matrix, relative to its largest eigenvalue.
@@ -70,9 +71,9 @@ class WorkerSecant(CompleteState):
 
     A worker whose loss, gradient or parameters are not finite is left out of the round, and `report.status` names it.
     Where none is left, or the new parameters are not finite, the step is rejected: all stays as it was, bit for bit.
-    Floating-point buffers (BatchNorm) become the mean over the workers. `report.inner_iterations` is the rank of the
-    solve, `report.bytes_communicated` what a worker has sent. Every rank has its own `state_dict` (its slices of
-    earlier rounds): save all of them, and resume with as many ranks.
+    Floating-point buffers (BatchNorm) become the mean over the workers. What `torch.compile` has made runs as eager
+    code. `report.inner_iterations` is the rank of the solve, `report.bytes_communicated` what a worker has sent. Every
+    rank has its own `state_dict` (its slices of earlier rounds): save all of them, and resume with as many ranks.
 
     Errors: `ValueError` for arguments, a group of another size, no closure, or a closure without `backward()`.
     Cost of a round for a worker: `local_steps` + 1 gradients; 3n(m − 1)/m numbers sent: θᵢ and gᵢ to the owners of
@@ -101,13 +102,10 @@ class WorkerSecant(CompleteState):
     ) -> None:
         check_ranges(
             "WorkerSecant",
-            lr=(lr, 0, math.inf),
-            rest_lr=(0.0 if rest_lr is None else rest_lr, 0, math.inf),
             local_steps=(local_steps, 1, math.inf),
             past_rounds=(past_rounds, 0, math.inf),
             cutoff=(0.0 if cutoff is None else cutoff, 0, 1),
             damping=(damping, 0, math.inf),
-            weight_decay=(weight_decay, 0, math.inf),
         )
         if not radius > 0:
             raise ValueError(f"WorkerSecant: radius={radius} must be greater than 0.")
@@ -136,7 +134,7 @@ class WorkerSecant(CompleteState):
         except StepFailedError as failure:
             self.report.status = f"rejected: {failure}"
         else:
-            self._memory["rounds"] = rounds
+            self._memory.update(rounds=rounds, trained=self._places(params))
             self.report.accepted, self.report.step_length = True, 1.0
         self.report.bytes_communicated = self.workers.bytes_sent
         return torch.tensor(self.report.loss, dtype=torch.float64)
@@ -159,7 +157,8 @@ class WorkerSecant(CompleteState):
             workers.to_slices(torch.stack(rows)) for rows in ([r.point for r in runs], [r.gradient for r in runs])
         ]
         current = [[points[good], gradients[good]] for points, gradients in zip(*exchanged, strict=True)]
-        earlier = self._memory.get("rounds", [])
+        places = self._places(params)
+        earlier = self._memory.get("rounds", []) if self._memory.get("trained", places) == places else []
         slices = [
             Slice.of(now[0], now[1], rate, [past[i] for past in earlier])
             for i, (now, rate) in enumerate(zip(current, workers.own_slices(_rest_rates(pairs)), strict=True))
@@ -197,6 +196,11 @@ class WorkerSecant(CompleteState):
         statistics = [b.reshape(-1) for b in _floating(buffers)] or [params[0].new_empty(0)]
         # copies: the next worker of this process moves the same tensors
         return LocalRun(vectors.flatten(params).clone(), vectors.flatten(gradient), told, torch.cat(statistics).clone())
+
+    def _places(self, params: list[Tensor]) -> tuple[int, ...]:
+        """Where these are among all parameters: the rounds are of flat vectors of them."""
+        places = {p: i for i, p in enumerate(p for group in self.param_groups for p in group["params"])}
+        return tuple(places[p] for p in params)
 
     @property
     def _memory(self) -> dict[str, Any]:

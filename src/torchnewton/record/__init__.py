@@ -1,10 +1,18 @@
 """Closure → tape: what a run of the user's unchanged closure tells."""
 
-from torchnewton.record.errors import UNDEFINED, RecordError
+from torchnewton.record.errors import UNDEFINED, RecordError, refuse_complex
 from torchnewton.record.over import Objective, Progress, Weights, over
 from torchnewton.record.plain import plain_gradient
 from torchnewton.record.recorder import LayerCall, outputs
-from torchnewton.record.replay import BufferSnapshot, Closure, RandomState, kept_gradients, moved, same_random_numbers
+from torchnewton.record.replay import (
+    BufferSnapshot,
+    Closure,
+    RandomState,
+    eager_code,
+    kept_gradients,
+    moved,
+    same_random_numbers,
+)
 from torchnewton.record.samples import NotPerSampleError, PerSample
 from torchnewton.record.stream import StreamedTape, tape_of
 from torchnewton.record.tape import Tape, record
@@ -26,12 +34,14 @@ __all__ = [
     "Tape",
     "Term",
     "Weights",
+    "eager_code",
     "kept_gradients",
     "moved",
     "outputs",
     "over",
     "plain_gradient",
     "record",
+    "refuse_complex",
     "same_random_numbers",
     "tape_of",
     "warn_about_rest",

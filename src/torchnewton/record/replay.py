@@ -175,8 +175,14 @@ def _refuse_fsdp(module: nn.Module) -> None:
 @contextmanager
 def differentiable_kernels() -> Iterator[None]:
     """Choose implementations that can be differentiated twice: eager code and plain attention."""
+    with sdpa_kernel(SDPBackend.MATH), eager_code():
+        yield
+
+
+@contextmanager
+def eager_code() -> Iterator[None]:
+    """Leave out what `torch.compile` has made or would make: no hook finds the modules in it, and it traces hooks."""
     with ExitStack() as stack:
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         if "torch._dynamo" in sys.modules:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
             stack.enter_context(warnings.catch_warnings())

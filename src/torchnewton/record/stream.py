@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from torchnewton.record.replay import (
     RandomState,
     kept_gradients,
     same_random_numbers,
+    scratch_buffers,
 )
 from torchnewton.record.tape import Tape, evaluated, record
 
@@ -27,7 +29,7 @@ class StreamedTape:
     """What one pass over the batches of an objective leaves: the mean loss and its gradient, no graph.
 
     `again` makes the same pass once more, batch by batch, for what needs a graph. `visit(tape, weight)` is shown the
-    tape of every batch while it is alive.
+    tape of every batch while it is alive. Buffers run through every pass as through the first, from the same values.
 
     Cost: one gradient of all batches. Memory: the graph of one batch and two vectors like the parameters.
     """
@@ -75,23 +77,26 @@ class StreamedTape:
     def evaluate(self) -> float:
         """f at the parameters' present values, on the same random numbers, leaving no trace."""
         total, weights = 0.0, 0.0
-        with same_random_numbers(self.random_state, self._devices):
+        with self.restarted():
             for closure, weight in self.objective.closures("loss"):
                 total += weight * evaluated(closure, self.params, self._differentiates_parameters)
                 weights += weight
         return total / weights
 
+    @contextmanager
+    def restarted(self) -> Iterator[None]:
+        """Random numbers and buffers inside as at the start of the first pass; both are put back at the end."""
+        with same_random_numbers(self.random_state, self._devices), scratch_buffers(self.buffers):
+            yield
+
     def again(self, visit: Visit, *, create_graph: bool = True) -> None:
         """Record every batch once more and show it to `visit`; buffers and random state are put back."""
 
         def guarded(tape: Tape, weight: float) -> None:
-            try:
-                with same_random_numbers(RandomState(self._devices), self._devices):
-                    visit(tape, weight)
-            finally:
-                tape.buffers.restore()
+            with same_random_numbers(RandomState(self._devices), self._devices):
+                visit(tape, weight)
 
-        with same_random_numbers(self.random_state, self._devices):
+        with self.restarted():
             _, loss = self._pass("curvature", guarded, create_graph)
         now, first = float(loss), float(self.loss)
         tolerance = torch.finfo(loss.dtype).eps ** 0.5 * max(abs(first), 1e-8)

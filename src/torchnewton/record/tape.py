@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchnewton.record.errors import RecordError
+from torchnewton.record.errors import RecordError, refuse_complex
 from torchnewton.record.graph import Edge
 from torchnewton.record.recorder import LayerCall, OutputsWatcher, Place, Recorder, Watcher, refuse_grad_scaler
 from torchnewton.record.replay import (
@@ -158,24 +158,21 @@ class Tape:
 
     def _replay(self, watcher: Watcher) -> Any:
         watcher.pretend(self.params, self.__dict__.get("gradient"))
-        with same_random_numbers(self.random_state, [p.device for p in self.params]), kept_gradients(self.others):
-            return _replayed(watcher, self.closure, self.params, self.differentiates_parameters, self.buffers)
+        with (
+            same_random_numbers(self.random_state, [p.device for p in self.params]),
+            kept_gradients(self.others),
+            scratch_buffers(self.buffers),
+        ):
+            return _replayed(watcher, self.closure, self.params, self.differentiates_parameters)
 
 
-def _replayed(
-    watcher: Watcher,
-    closure: Closure,
-    params: Sequence[Tensor],
-    differentiates_parameters: bool,
-    before: BufferSnapshot | None = None,
-) -> Any:
-    """Run the closure under `watcher` from the buffers `before`; buffers and gradients are put back."""
+def _replayed(watcher: Watcher, closure: Closure, params: Sequence[Tensor], differentiates_parameters: bool) -> Any:
+    """Run the closure under `watcher`; gradients are put back."""
     still = kept_gradients if differentiates_parameters else without_graph
     with (
         warnings.catch_warnings(),
         torch.enable_grad(),
         still(params),
-        scratch_buffers(before),
         differentiable_kernels(),
         watcher,
     ):
@@ -191,7 +188,7 @@ def _value(watcher: Watcher, returned: Any) -> float:
 
 
 def evaluated(closure: Closure, params: Sequence[Tensor], differentiates_parameters: bool) -> float:
-    """The objective of a closure on new random numbers, leaving no other trace."""
+    """The objective of a closure on new random numbers; its buffers move, and there is no other trace."""
     watcher = Watcher()
     watcher.pretend(params, None)
     return _value(watcher, _replayed(watcher, closure, params, differentiates_parameters))
@@ -214,11 +211,7 @@ def record(closure: Closure, params: Sequence[Tensor], *, create_graph: bool = T
     pass. A loss without a split is recorded: only a Gauss-Newton matrix of it raises.
     """
     params = list(params)
-    if any(p.is_complex() for p in params):
-        raise RecordError(
-            "a parameter is complex, which no method here supports: keep it as real numbers and make it complex inside "
-            "of the model, as torch.view_as_complex(p)."
-        )
+    refuse_complex(params)
     recorder = Recorder(params, create_graph)
     buffers = BufferSnapshot()
     random_state = RandomState([p.device for p in params])

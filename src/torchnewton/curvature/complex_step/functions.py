@@ -129,11 +129,20 @@ def pow(input: Any, exponent: Any) -> Any:
         n = exponent
         if isinstance(n, (int, float)) and n in (1, 2):
             return input.clone() if n == 1 else input.square()
-        return smooth(lambda x: x**n, lambda x, f: n * x ** (n - 1), input)
+        return smooth(lambda x: x**n, lambda x, f: _slope_of_power(x, n), input)
     base = (
         input if isinstance(input, Tensor) else torch.tensor(float(input), dtype=exponent.dtype, device=exponent.device)
     )
     return torch.exp(exponent * torch.log(base))
+
+
+def _slope_of_power(x: Tensor, n: Any) -> Tensor:
+    """nxⁿ⁻¹, 0 for n = 0 also at x = 0."""
+    if not isinstance(n, Tensor):
+        return n * x ** (n - 1) if n else torch.zeros_like(x)
+    is_constant = n == 0
+    slope: Tensor = torch.where(is_constant, 0.0, n * torch.where(is_constant, 1.0, x) ** (n - 1))
+    return slope
 
 
 @rule("xlogy")

@@ -113,7 +113,7 @@ def _on_real_part(func: Function) -> None:
 
 PYTHON_RULES[Tensor.__hash__] = id
 _UNIQUE = (torch.unique, torch.unique_consecutive, Tensor.unique, Tensor.unique_consecutive)
-for _function in (Tensor.__repr__, Tensor.__format__, Tensor.__len__, *_UNIQUE):
+for _function in (Tensor.__repr__, Tensor.__format__, Tensor.__len__, Tensor.__eq__, *_UNIQUE):
     _on_real_part(_function)
 
 

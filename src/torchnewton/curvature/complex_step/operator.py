@@ -67,7 +67,7 @@ class ComplexStepHessian(LinearOperator):
             tape = recorded(closure, params)
         self.gradient = [g.detach().clone() for g in tape.gradient]
         self._values = [p.detach().clone() for p in params]
-        self._random_state = tape.random_state
+        self._random_state, self._buffers = tape.random_state, tape.buffers
         self._flops, self._calls = tape.forward_flops, 12 * CALL * len(tape.layer_calls)
         self._check_itself()
 
@@ -120,6 +120,7 @@ class ComplexStepHessian(LinearOperator):
             self._values,
             vectors.scale(v, self.h),
             random_state=self._random_state,
+            buffers=self._buffers,
             keeps_squares=self.h > SMALL,
             differentiate=differentiate,
         )
@@ -157,7 +158,7 @@ class ComplexStepHessian(LinearOperator):
         """Hv against the central difference of real gradients: what a rule that autograd cannot follow fails."""
         step = outcome.eps ** (1 / 3)
         places = [vectors.add(self._values, v, sign * step) for sign in (1, -1)]
-        ends = [recorded(self.closure, self.params, x, self._random_state).gradient for x in places]
+        ends = [recorded(self.closure, self.params, x, self._random_state, self._buffers).gradient for x in places]
         expected = [(a - b) / (2 * step) for a, b in zip(*ends, strict=True)]
         product = self._run(v).product
         assert product is not None

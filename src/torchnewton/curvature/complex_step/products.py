@@ -27,6 +27,7 @@ from torchnewton.curvature.complex_step.pair import (
     re,
     rule,
 )
+from torchnewton.record import RecordError
 
 Real = Callable[..., Any]
 
@@ -158,11 +159,21 @@ def rsub(input: Any, other: Any, *, alpha: float = 1) -> ComplexPair:
     return add(other, input, alpha=-alpha)
 
 
-@rule("remainder", "fmod")
-def remainder(input: Any, other: Any) -> Any:
-    """z₁ − n z₂ with the whole number n of the real parts."""
-    value = torch.remainder(re(input), re(other))
+def _without_multiples(value: Tensor, input: Any, other: Any) -> ComplexPair:
+    """z₁ − n z₂ with the whole number n that gives the real part `value`."""
     return ComplexPair(value, im(input) - ((re(input) - value) / re(other)).detach() * im(other))
+
+
+@rule("remainder")
+def remainder(input: Any, other: Any) -> ComplexPair:
+    """z₁ − n z₂, with the sign of z₂."""
+    return _without_multiples(torch.remainder(re(input), re(other)), input, other)
+
+
+@rule("fmod")
+def fmod(input: Any, other: Any) -> ComplexPair:
+    """z₁ − n z₂, with the sign of z₁."""
+    return _without_multiples(torch.fmod(re(input), re(other)), input, other)
 
 
 @rule("lerp")
@@ -292,7 +303,7 @@ def embedding_bag(
 ) -> Any:
     """Sums (mode 0) and means (1) of rows; maxima (2) have no rule."""
     if mode > 1:
-        raise NotImplementedError("embedding_bag with mode='max' has no rule for the complex step")
+        raise RecordError("the complex step has no rule for embedding_bag with mode='max': take tn.Hessian.")
 
     def rows(w: Tensor, s: Tensor | None) -> Tensor:
         last = bool(args[0]) if args else False

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from torch import Tensor
 
 from torchnewton.record import Closure, Tape, record
-from torchnewton.record.replay import RandomState, kept_gradients, same_random_numbers, scratch_buffers
+from torchnewton.record.replay import BufferSnapshot, RandomState, kept_gradients, same_random_numbers, scratch_buffers
 
 
 def recorded(
@@ -16,14 +16,22 @@ def recorded(
     params: Sequence[Tensor],
     values: Sequence[Tensor] | None = None,
     random_state: RandomState | None = None,
+    buffers: BufferSnapshot | None = None,
 ) -> Tape:
     """A recording at `values`, by default where the parameters are, on the random numbers that come next.
+
+    It starts from `buffers`, by default as they are.
 
     Buffers, gradients, generators and parameters are afterwards what they were.
     """
     devices = [p.device for p in params]
     state = RandomState(devices) if random_state is None else random_state
-    with kept_gradients(params), same_random_numbers(state, devices), scratch_buffers(), _placed(params, values):
+    with (
+        kept_gradients(params),
+        same_random_numbers(state, devices),
+        scratch_buffers(buffers),
+        _placed(params, values),
+    ):
         return record(closure, params, create_graph=False)
 
 

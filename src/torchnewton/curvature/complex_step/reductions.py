@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from torchnewton.curvature.complex_step.pair import ComplexPair, keeps_squares, re, rule
+from torchnewton.record import RecordError
 
 
 @rule("prod")
@@ -139,7 +140,7 @@ def linalg_norm(input: ComplexPair, ord: Any = None, dim: Any = None, keepdim: b
 def matrix_norm(input: ComplexPair, ord: Any = "fro", dim: Any = (-2, -1), keepdim: bool = False, **named: Any) -> Any:
     """The Frobenius norm."""
     if ord != "fro":
-        raise NotImplementedError(f"the complex step knows the Frobenius norm of a matrix, not ord={ord!r}")
+        raise RecordError(f"the complex step knows the Frobenius norm of a matrix, not ord={ord!r}: take tn.Hessian.")
     return vector_norm(input, 2, dim, keepdim, **named)
 
 

@@ -24,6 +24,7 @@ from torchnewton.curvature.complex_step.pair import (
 from torchnewton.record import Closure, RecordError
 from torchnewton.record.recorder import Watcher
 from torchnewton.record.replay import (
+    BufferSnapshot,
     RandomState,
     differentiable_kernels,
     kept_gradients,
@@ -122,10 +123,11 @@ def run_closure(
     steps: Sequence[Tensor],
     *,
     random_state: RandomState | None,
+    buffers: BufferSnapshot | None,
     keeps_squares: bool,
     differentiate: bool = True,
 ) -> Outcome:
-    """Run `closure` with `values` + i `steps` in the place of `params`; it leaves no trace.
+    """Run `closure` with `values` + i `steps` in the place of `params`, from `buffers`; it leaves no trace.
 
     Frozen parameters (`requires_grad` is False) stay as they are.
     """
@@ -140,7 +142,7 @@ def run_closure(
         torch.enable_grad(),
         kept_gradients(params),
         same_random_numbers(random_state, [p.device for p in params]),
-        scratch_buffers(),
+        scratch_buffers(buffers),
         differentiable_kernels(),
         _without_checkpoints(),
         _guarded_functions(run),
