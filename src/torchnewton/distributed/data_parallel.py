@@ -14,7 +14,7 @@ from torch import Tensor
 
 from torchnewton import vectors
 from torchnewton.curvature import LinearOperator, Rows, Shared, noise_parts, noise_scale
-from torchnewton.distributed.processes import ClosureError, Processes
+from torchnewton.distributed.processes import Processes, Table
 from torchnewton.distributed.reduced import Reduced, weighted
 from torchnewton.record import StreamedTape, Tape, moved
 from torchnewton.solvers import Operator, SolveResult, Status
@@ -22,7 +22,6 @@ from torchnewton.vectors import Vector
 
 Result = TypeVar("Result")
 Recorded = TypeVar("Recorded", bound=Tape | StreamedTape)
-Table = list[list[float]]
 
 
 class DataParallel:
@@ -91,21 +90,6 @@ class DataParallel:
         reductions = [piece.reduction() for piece in tape.pieces if piece.reduction is not None]
         is_sum = bool(reductions) and all(kind == "sum" for kind in reductions)
         return n, is_sum if self.summed is None else self.summed
-
-    def together(self, run: Callable[[], Result], numbers: Callable[[Result], list[float]]) -> tuple[Result, Table]:
-        """Run something that may fail on some ranks; everyone's numbers. A failure anywhere is raised everywhere."""
-        width = 3
-        try:
-            found = run()
-            row = numbers(found)
-        except BaseException:
-            self.processes.table([1.0, *[0.0] * width])
-            raise
-        rows = self.processes.table([0.0, *row, *[0.0] * (width - len(row))])
-        failed = [r for r, entries in enumerate(rows) if entries[0]]
-        if failed:
-            raise ClosureError(f"rank {failed[0]} has failed in its closure; its own output tells why.")
-        return found, [entries[1:] for entries in rows]
 
 
 class Alone:
@@ -210,7 +194,7 @@ class Share(Alone):
             return made[0]
 
         try:
-            tape, table = parallel.together(kept, numbers)
+            tape, table = parallel.processes.together(kept, numbers)
             return tape, cls(parallel, table)
         except BaseException:
             for tape in made:
@@ -219,12 +203,12 @@ class Share(Alone):
 
     def total(self, run: Callable[[], float]) -> float:
         """Σ wᵣfᵣ of a loss that every rank computes."""
-        _, table = self.parallel.together(run, lambda value: [value])
+        _, table = self.processes.together(run, lambda value: [value])
         return math.fsum(w * row[0] for w, row in zip(self.weights, table, strict=True) if w)
 
     def everywhere(self, run: Callable[[], Result]) -> Result:
         """Run something; an exception on one rank is one on all."""
-        return self.parallel.together(run, lambda _: [])[0]
+        return self.processes.together(run)[0]
 
     def reduced(self, v: Vector) -> Vector:
         """Σ wᵣvᵣ."""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
+import torch.distributed as dist
 from torch import Tensor
 
 from torchnewton import vectors
@@ -12,6 +15,9 @@ from torchnewton.distributed.data_parallel import Alone, DataParallel, Recorded,
 from torchnewton.distributed.shard import present
 from torchnewton.distributed.sharded import ShardedShare
 from torchnewton.record import Closure, Objective, StreamedTape, Tape, kept_gradients, record, tape_of
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 _IN_PARTS = (
     "process_group: the batches of tn.over are for models that are whole on every rank. Give every rank a closure on "
@@ -49,7 +55,13 @@ def record_share(
                 "and give all ranks the same samples."
             )
         return Share.recorded(parallel, run)
-    tape = run()
+    try:
+        tape = run()
+    except BaseException as error:
+        group = _group_of_ddp(params)
+        if group is not None:
+            DataParallel(group).processes.tell_failure(error)
+        raise
     if isinstance(tape, Tape) and tape.buffers.process_group is not None:
         return Share.recorded(DataParallel(tape.buffers.process_group), lambda: tape)
     return tape, next((p.share for p in params if hasattr(p, "share")), Alone())  # told by `CutLinear`
@@ -72,6 +84,17 @@ def average_share(
 
     tape, share = (run(), Alone()) if parallel is None else Share.recorded(parallel, run)
     return share.operator(made[0]), tape
+
+
+def _group_of_ddp(params: Sequence[Tensor]) -> ProcessGroup | None:
+    """That of a living DistributedDataParallel with one of these parameters: the closure failed before it told."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return None
+    from torch.nn.parallel import DistributedDataParallel
+
+    mine = {id(p) for p in params}
+    wrapped = [m for m in gc.get_objects() if issubclass(type(m), DistributedDataParallel)]
+    return next((m.process_group for m in wrapped if any(id(p) in mine for p in m.parameters())), None)
 
 
 def _bare(tape: Recorded) -> Recorded:
