@@ -175,6 +175,7 @@ class Share(Alone):
         total = sum(counts)
         if not self.summed and not total > 0:
             raise ValueError("DataParallel: no rank has a sample (num_samples is 0 everywhere).")
+        self.counts = counts
         self.weights = [1.0 if self.summed else n / total for n in counts]
         self.weight = self.weights[self.processes.rank]
         self.fraction = counts[self.processes.rank] / total if total > 0 else 0.0
@@ -279,13 +280,25 @@ class SharedByRanks(Shared):
     """Every rank has some of the samples."""
 
     def __init__(self, share: Share) -> None:
-        self.share, self.processes = share, share.processes
+        self.share, self.processes, self.rank = share, share.processes, share.processes.rank
+        self.has_samples = share.fraction > 0
 
-    def factors(self, left: Vector, right: Vector) -> tuple[Vector, Vector]:
-        """Σ wᵣLᵣ and the mean of the Rᵣ over the samples, in one message."""
-        share = self.share
-        found = self.processes.sum([*weighted(left, share.weight), *weighted(right, share.fraction)])
+    def told(self, numbers: Sequence[float]) -> list[list[float]]:
+        """See `Shared.told`."""
+        return self.processes.rows(numbers)
+
+    def factors(self, left: Vector, right: Vector, holders: Sequence[Sequence[int]]) -> tuple[Vector, Vector]:
+        """Σ wᵣLᵣ and the mean of the Rᵣ over the samples, of the ranks that have them, in one message."""
+        shares = [self._share_among(ranks) for ranks in holders]
+        lefts = [x for L, part in zip(left, shares, strict=True) for x in weighted([L], self.share.weight * (part > 0))]
+        rights = [x for R, part in zip(right, shares, strict=True) for x in weighted([R], part)]
+        found = self.processes.sum([*lefts, *rights])
         return found[: len(left)], found[len(left) :]
+
+    def _share_among(self, ranks: Sequence[int]) -> float:
+        """How many of the samples of some ranks are this one's."""
+        counts = self.share.counts
+        return counts[self.rank] / sum(counts[r] for r in ranks) if self.rank in ranks else 0.0
 
     def rows(self, counts: Sequence[int]) -> list[Rows]:
         """See `Shared.rows`: one message."""

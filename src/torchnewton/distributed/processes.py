@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import struct
 import time
+import zlib
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -84,6 +86,16 @@ class Processes:
         rows = [torch.empty_like(row) for _ in range(self.size)]
         self._exchange(row, lambda: dist.all_gather(rows, row, group=self.group, async_op=True))
         return [[float(v) for v in r] for r in torch.stack(rows).cpu()]
+
+    def rows(self, numbers: Sequence[float]) -> Table:
+        """Everyone's numbers, which may be more on some ranks than on others, by rank: one message, or two."""
+        row = [float(n) for n in numbers]
+        told = self.table([len(row), zlib.crc32(struct.pack(f"{len(row)}d", *row))])
+        if all(other == told[0] for other in told):
+            return [row] * self.size
+        lengths = [int(length) for length, _ in told]
+        found = self.table(row + [0.0] * (max(lengths) - len(row)))
+        return [other[:length] for other, length in zip(found, lengths, strict=True)]
 
     def together(
         self, run: Callable[[], Result], numbers: Callable[[Result], list[float]] = lambda _: [], width: int = _WIDTH
