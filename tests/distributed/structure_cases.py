@@ -111,6 +111,18 @@ def on_statistics(rank: int, size: int) -> dict[str, Any]:
     return found
 
 
+def fisher_steps(rank: int, **how: Any) -> Tensor:
+    model = make_net()
+    optimizer = tn.Newton(model.parameters(), curvature=tn.EmpiricalFisher, solver=tn.CG(max_iterations=5), **how)
+    for _ in range(2):
+        optimizer.step(partial(no_samples, model, rank))
+    return flat(model)
+
+
+def on_fisher(rank: int, size: int) -> Tensor:
+    return fisher_steps(rank, process_group=parallel())
+
+
 def on_no_split(rank: int, size: int) -> str:
     """One rank's loss has no split."""
     model = make_net()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from ranks import launch
 from reference import assert_close
-from structure_cases import CASES, another_loss, make_net
+from structure_cases import CASES, another_loss, fisher_steps, make_net
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +61,11 @@ def test_noise_of_other_losses_counts_them_all(ranks):
     loss = sum(float(another_loss(model, rank).detach()) for rank in range(2))
     curvature = 2 * 3 * (20 + 20 + 28)
     assert ranks[0]["on_statistics"]["another loss"]["noise"] == pytest.approx(48 * 4 * loss / curvature)
+
+
+def test_the_fisher_matrix_of_a_rank_without_samples(ranks):
+    for rank in ranks:
+        assert_close(rank["on_fisher"], fisher_steps(0))
 
 
 def test_a_loss_without_a_split_on_one_rank_is_refused_on_all(ranks):
