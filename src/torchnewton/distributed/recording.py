@@ -30,11 +30,17 @@ _UNDER_DDP = (
 
 
 def record_share(
-    closure: Closure, params: Sequence[Tensor], parallel: DataParallel | None, *, create_graph: bool = True
+    closure: Closure,
+    params: Sequence[Tensor],
+    parallel: DataParallel | None,
+    *,
+    create_graph: bool = True,
+    for_curvature: bool = False,
 ) -> tuple[Tape | StreamedTape, Alone]:
     """Record a closure; without `parallel` a model under DistributedDataParallel tells its process group.
 
-    Within `whole_parameters` the tape is that of the whole parameters.
+    Within `whole_parameters` the tape is that of the whole parameters. A closure `for_curvature` alone has samples of
+    its own.
     """
     whole = present()
 
@@ -47,14 +53,14 @@ def record_share(
             return record(closure, whole.tensors, create_graph=create_graph)
 
     if whole is not None:
-        return ShardedShare.recorded(whole.parallel, run)
+        return ShardedShare.recorded(whole.parallel.for_curvature() if for_curvature else whole.parallel, run)
     if parallel is not None:
         if any(vectors.is_distributed(p) for p in params):
             raise ValueError(
                 "process_group: parameters that are DTensors are summed over by torch itself; leave process_group out "
                 "and give all ranks the same samples."
             )
-        return Share.recorded(parallel, run)
+        return Share.recorded(parallel.for_curvature() if for_curvature else parallel, run)
     try:
         tape = run()
     except BaseException as error:

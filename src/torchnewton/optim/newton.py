@@ -319,7 +319,7 @@ class Newton(Flagship):
             if curvature is None:
                 tape, share = point.recorded, point.share
             else:
-                tape, share = record_share(curvature, point.params, self.data_parallel)
+                tape, share = record_share(curvature, point.params, self.data_parallel, for_curvature=True)
                 point.settled_by(tape)
             assert isinstance(tape, Tape)  # for mypy: streamed is above
             A = share.operator(self.curvature(tape))
