@@ -15,7 +15,7 @@ from torch import Tensor
 
 from torchnewton import vectors
 from torchnewton.curvature import LinearOperator, Rows, Shared, noise_parts, noise_scale
-from torchnewton.distributed.processes import Processes, Table
+from torchnewton.distributed.processes import Processes, Table, fingerprint
 from torchnewton.distributed.reduced import Reduced, weighted
 from torchnewton.distributed.reductions import Kind, agreed, kind_and_samples
 from torchnewton.record import StreamedTape, Tape, moved
@@ -70,11 +70,9 @@ class DataParallel:
         return given if given is None or isinstance(given, DataParallel) else cls(given)
 
     def check_same(self, params: Sequence[Tensor]) -> None:
-        """Raise `ValueError` unless all ranks hold the same parameters, by two sums over each."""
-        with torch.no_grad():
-            sums = [f(p.detach().double()) for p in params for f in (torch.sum, torch.norm)]
-        rows = self.processes.table([float(len(params)), *(float(s) for s in sums)])
-        other = [r for r, row in enumerate(rows) if row != rows[0] and not any(math.isnan(v) for v in row)]
+        """Raise `ValueError` unless all ranks hold the same parameters, by their fingerprint."""
+        rows = self.processes.table(fingerprint(params))
+        other = [r for r, row in enumerate(rows) if row != rows[0]]
         if other:
             raise ValueError(
                 f"process_group: the parameters of rank {other[0]} are not those of rank 0: build the model with the "

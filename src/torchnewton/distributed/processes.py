@@ -7,7 +7,7 @@ import time
 import zlib
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,6 +20,8 @@ Result = TypeVar("Result")
 Table = list[list[float]]
 
 _POLL = 0.05  # seconds
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
+_MIX = -7046029254386353131  # 2⁶⁴ divided by the golden ratio, an odd number whose bits look random
 _WIDTH = 3  # the numbers that the ranks tell each other beside whether they have failed
 
 
@@ -42,7 +44,31 @@ class UnrecordableError(ClosureError, RecordError):
 _SORTS = (ClosureError, UndefinedError, UnrecordableError)
 
 
-class Processes:
+class HoldsGroup:
+    """A part of an optimizer that holds a process group: copies share it, other processes cannot have it."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> HoldsGroup:
+        return self
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "an optimizer with a process group cannot be pickled, since the group belongs to this process: save its "
+            "state_dict(), and load that into an optimizer made with process_group= where it is to go on."
+        )
+
+
+def fingerprint(params: Sequence[Tensor]) -> list[float]:
+    """Two numbers that tell parameters of other values, order or shapes apart, whatever adds them up."""
+    sums = []
+    for p in params:
+        x = p.detach().contiguous().reshape(-1)
+        bits = x.view(_INTEGERS[x.element_size()]).to(torch.int64)
+        bits = (bits + torch.arange(len(bits), device=bits.device) * _MIX) * _MIX  # modulo 2⁶⁴
+        sums += [int((bits ^ (bits >> 29)).sum()), *p.shape]
+    return [float(len(params)), float(zlib.crc32(struct.pack(f"{len(sums)}q", *sums)))]
+
+
+class Processes(HoldsGroup):
     """The ranks of a process group of `torch.distributed`, seen from one of them.
 
     Every method that exchanges is called by all ranks, in the same order. `bytes` counts what this rank has put into

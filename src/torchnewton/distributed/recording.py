@@ -12,6 +12,8 @@ from torch import Tensor
 from torchnewton import vectors
 from torchnewton.curvature import Average, LinearOperator
 from torchnewton.distributed.data_parallel import Alone, DataParallel, Recorded, Share
+from torchnewton.distributed.layout import as_dtensor, is_shard
+from torchnewton.distributed.processes import Processes
 from torchnewton.distributed.shard import present
 from torchnewton.distributed.sharded import ShardedShare
 from torchnewton.record import Closure, Objective, StreamedTape, Tape, kept_gradients, record, tape_of
@@ -90,6 +92,14 @@ def average_share(
 
     tape, share = (run(), Alone()) if parallel is None else Share.recorded(parallel, run)
     return share.operator(made[0]), tape
+
+
+def gradient_processes(params: Sequence[Tensor], ddp_group: ProcessGroup | None) -> Processes | None:
+    """Those over which `backward` adds up gradients: of DistributedDataParallel, or of parameters in parts."""
+    cut = next((p for p in params if is_shard(p)), None)
+    if ddp_group is None and cut is not None:
+        ddp_group = as_dtensor(cut).device_mesh.get_group()
+    return None if ddp_group is None else Processes(ddp_group)
 
 
 def _group_of_ddp(params: Sequence[Tensor]) -> ProcessGroup | None:
