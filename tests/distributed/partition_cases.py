@@ -171,6 +171,41 @@ def on_own_blocks(rank: int, size: int) -> Any:
     return found
 
 
+def make_variant(name: str) -> nn.Module:
+    """Models of which a rank has no output of the last layer, or that are not trained as a whole."""
+    torch.manual_seed(4)
+    last = 1 if name == "one output" else 3
+    model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 6), nn.Tanh(), nn.Linear(6, last)).double()
+    frozen = {"frozen weight": ["2.weight"], "biases": ["0.weight", "2.weight", "4.weight"]}
+    for key, p in model.named_parameters():
+        p.requires_grad_(key not in frozen.get(name, []))
+    return model
+
+
+def loss_of_variant(name: str, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    z = model(x)
+    if name == "one output":
+        return F.binary_cross_entropy_with_logits(z, (y > 0).double()[:, None])
+    if name == "one number":
+        return F.binary_cross_entropy_with_logits(z[:, 0], (y > 0).double())
+    return F.cross_entropy(z, y)
+
+
+VARIANTS = ("one output", "one number", "frozen weight", "biases")
+
+
+def on_variants(rank: int, size: int) -> Any:
+    found = {}
+    for shape in MESHES[size]:
+        for name in VARIANTS:
+            model = tn.partition(make_variant(name), init_device_mesh("cpu", shape))
+            optimizer = tn.DistributedNewton(model.parameters(), rtol=1e-12)
+            for step in range(2):
+                optimizer.step(partial(loss_of_variant, name, model, *make_batch(step)))
+            found[shape, name] = whole([p.detach() for p in model.parameters()])
+    return found
+
+
 def on_mixed_samples(rank: int, size: int) -> list[str]:
     """Blocks are for networks that treat samples independently."""
     model = tn.partition(make_model(), init_device_mesh("cpu", MESHES[size][0]))

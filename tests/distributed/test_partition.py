@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from data_parallel_cases import closure_of, make_batch
-from partition_cases import MESHES, METHODS, STEPS, make_model, make_residual, products, train
+from partition_cases import (
+    MESHES,
+    METHODS,
+    STEPS,
+    VARIANTS,
+    loss_of_variant,
+    make_model,
+    make_residual,
+    make_variant,
+    products,
+    train,
+)
 from ranks import launch
 from reference import assert_close
 from torch import nn
@@ -118,6 +131,21 @@ def test_every_rank_solves_for_its_block(combine, ranks):
         assert_close(theta, expected, 1e-9)
         assert f"in {len(ranks)} blocks" in solver
         assert ", 0 bytes exchanged" in solver
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@both
+def test_blocks_of_ranks_without_an_output_and_of_frozen_layers(name, ranks):
+    for mesh in MESHES[len(ranks)]:
+        model = make_variant(name)
+        trained = torch.cat([torch.full((p.numel(),), p.requires_grad) for p in model.parameters()])
+        optimizer = tn.DistributedNewton(model.parameters())
+        optimizer.solver = Blocked(owners(model, mesh)[trained], combine=True)
+        for step in range(2):
+            optimizer.step(partial(loss_of_variant, name, model, *make_batch(step)))
+        expected = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+        for rank in ranks:
+            assert_close(rank["on_variants"][mesh, name], expected, 1e-9)
 
 
 @both

@@ -155,6 +155,37 @@ def test_failed_turn_leaves_everything_and_names_the_worker():
     assert optimizer.report.accepted
 
 
+def test_a_compensation_that_overflows_leaves_everything():
+    """g is finite, g⊙g⊙(w − w_bak) is not."""
+    params = [torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(2))]
+    optimizer = tn.DCASGD(params, lr=0.1, compensation=1.0, momentum=0.9)
+    optimizer.send("a")
+    assert optimizer.receive("b", [torch.ones(3), torch.ones(2)]) == ""
+    before, state = [p.detach().clone() for p in params], copy.deepcopy(optimizer.state_dict())
+    message = optimizer.receive("a", [torch.ones(3), torch.full((2,), 1e30)])
+    assert message == "the compensated gradient is not finite"
+    assert all(torch.equal(p, old) for p, old in zip(params, before, strict=True))
+    assert str(optimizer.state_dict()) == str(state)
+
+
+def test_without_delay_changed_parameters_are_those_of_the_next_step():
+    params = [torch.nn.Parameter(torch.ones(3, dtype=torch.float64)) for _ in range(2)]
+    optimizers = tn.DCASGD(params[:1], lr=0.1), torch.optim.SGD(params[1:], lr=0.1)
+    for _ in range(2):
+        for p, optimizer in zip(params, optimizers, strict=True):
+
+            def closure(p=p):
+                p.grad = None
+                loss = p.pow(4).sum()
+                loss.backward()
+                return loss
+
+            optimizer.step(closure)
+            with torch.no_grad():
+                p.mul_(0.5)
+    assert torch.equal(*params)
+
+
 def test_groups_frozen_and_unused_parameters():
     a, b, frozen, unused = (nn.Parameter(torch.full((2,), v)) for v in (1.0, 2.0, 3.0, 4.0))
     frozen.requires_grad_(False)

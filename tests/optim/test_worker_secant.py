@@ -196,6 +196,61 @@ def test_continues_bit_for_bit():
     assert differences(snapshot(again), snapshot(model)) == []
 
 
+def rounds(optimizer, model, count, seed=0):
+    """Some steps on batches that belong to their number."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def closure():
+        for p in model.parameters():
+            p.grad = None
+        x = torch.randn(12, 4, generator=generator, dtype=torch.float64)
+        loss = F.mse_loss(model(x), x[:, :3])
+        loss.backward()
+        return loss
+
+    for _ in range(count):
+        optimizer.step(closure)
+
+
+def test_earlier_rounds_of_other_parameters_are_forgotten():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    optimizer = tn.WorkerSecant(model.parameters(), num_workers=2, past_rounds=2)
+    rounds(optimizer, model, 3)
+    assert "of 6 differences" in optimizer.report.status
+    model[0].requires_grad_(False)
+    rounds(optimizer, model, 1)
+    assert optimizer.report.accepted
+    assert "of 2 differences" in optimizer.report.status
+    rounds(optimizer, model, 1)
+    assert "of 4 differences" in optimizer.report.status
+
+
+class Mixed(nn.Module):
+    """A layer in single precision before one in double."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Linear(4, 5), nn.Linear(5, 3).double()
+
+    def forward(self, x):
+        return self.last(torch.tanh(self.first(x.float())).double())
+
+
+def test_earlier_rounds_keep_their_precision():
+    model = Mixed()
+    optimizer = tn.WorkerSecant(model.parameters(), num_workers=2, past_rounds=2)
+    rounds(optimizer, model, 3)
+    other = Mixed()
+    other.load_state_dict(model.state_dict())
+    resumed = tn.WorkerSecant(other.parameters(), num_workers=2, past_rounds=2)
+    resumed.load_state_dict(optimizer.state_dict())
+    rounds(optimizer, model, 1, seed=1)
+    rounds(resumed, other, 1, seed=1)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
+
+
 @pytest.mark.parametrize("how", ["nan", "raise"])
 def test_failed_round_leaves_everything(how):
     size, model = 3, make_model()

@@ -229,7 +229,7 @@ def _divisor(piece: Piece, num_samples: int, reduction: Reduction | None) -> flo
 
 
 def _per_sample(x: Tensor, num_samples: int) -> Tensor:
-    return x.reshape(num_samples, -1)
+    return x.reshape(num_samples, x.numel() // max(num_samples, 1))
 
 
 def _weighted(r: Tensor, weights: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from torchnewton.curvature.shared import Shared
 from torchnewton.record import Tape, Term
 
 
@@ -45,6 +46,22 @@ def output_groups(tape: Tape) -> list[OutputGroup]:
             width = sum(term.outputs[i].numel() for i in found) // n
             groups.append(OutputGroup(number, tuple(found), n, width))
     return groups
+
+
+def form_of_outputs(tape: Tape, shared: Shared) -> list[float]:
+    """What processes must have in common in their outputs to draw random numbers for them together.
+
+    The first number says whether every term has outputs.
+    """
+    if not shared.has_samples:
+        return [1.0]
+    form = [float(all(term.outputs for term in tape.terms))]
+    for term in tape.terms:
+        lengths = [len(z) if z.dim() else -1 for z in term.outputs]
+        form.append(len(lengths))
+        for z, length in zip(term.outputs, lengths, strict=True):
+            form += [lengths.index(length), z.dim(), *z.shape[1:]]
+    return form
 
 
 def uncoupled(term: Term, group: OutputGroup) -> list[OutputGroup]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from torchnewton.curvature.groups import form_of_outputs
 from torchnewton.curvature.shared import Shared, rows_of
 from torchnewton.record import Piece, Tape, Term
 
@@ -31,11 +32,17 @@ def noise_parts(
 ) -> tuple[float, float]:
     """Σ N‖∂f/∂z‖² and tr B, the two parts of κ.
 
-    With several processes, see `Shared`, each has its own f and z, and N counts the samples of all.
+    With several processes, see `Shared`, each has its own f and z, and N counts the samples of all: in the same term,
+    or, where the terms of the processes differ, in the largest of each.
     """
     shared, generator = shared or Shared(), generator or torch.default_generator
     squares = trace = 0.0
-    counts = shared.sums([_num_samples(term) for term in tape.terms])
+    counts = [_num_samples(term) for term in tape.terms]
+    forms = shared.told(form_of_outputs(tape, shared))
+    if all(form == forms[0] for form in forms):
+        counts = shared.sums(counts)
+    else:
+        counts, shared = shared.sums([max(counts)]) * len(counts), Shared()
     for term, count in zip(tape.terms, counts, strict=True):
         u = [x.detach() for x in term.cotangents]
         signs = [rows.signs(x, generator) for x, rows in zip(u, rows_of(u, shared), strict=True)]

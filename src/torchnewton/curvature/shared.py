@@ -41,8 +41,18 @@ class Rows:
 class Shared:
     """All samples are in this process; a subclass asks the others, which call the same methods in the same order."""
 
-    def factors(self, left: Factors, right: Factors) -> tuple[Factors, Factors]:
-        """L and R of this process's samples → those of all: L is summed like f, R averaged over the samples."""
+    rank = 0  # of this process
+    has_samples = True  # that count
+
+    def told(self, numbers: Sequence[float]) -> list[list[float]]:
+        """Everyone's numbers, of any length, by rank: one message where they are the same, else two."""
+        return [list(numbers)]
+
+    def factors(self, left: Factors, right: Factors, holders: Sequence[Sequence[int]]) -> tuple[Factors, Factors]:
+        """L and R of this process's samples → those of all: L is summed like f, R averaged over the samples.
+
+        `holders` are the ranks that have each of the pairs; what others give does not count.
+        """
         return left, right
 
     def rows(self, counts: Sequence[int]) -> list[Rows]:

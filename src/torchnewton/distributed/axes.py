@@ -126,21 +126,33 @@ class Call:
 
 
 class Sum(torch.autograd.Function):
-    """y = Σᵢ xᵢ over an axis: xᵢ differ, y is everywhere the same, and so is its cotangent.
-
-    The node in the graph keeps what the sum is of, if that is told.
-    """
+    """y = Σᵢ xᵢ over an axis: xᵢ differ, y is everywhere the same, and so is its cotangent."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis, call: Call | None = None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
         """See the class."""
-        ctx.axis, ctx.call = axis, call
+        ctx.axis = axis
         return axis.sum(x)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         """The transpose."""
-        return spread(grads[0], ctx.axis), None, None
+        return spread(grads[0], ctx.axis), None
+
+
+class Noted(torch.autograd.Function):
+    """y, whose node in the graph keeps the call that has made it."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, call: Call) -> Tensor:
+        """See the class."""
+        ctx.call = call
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        """As it is."""
+        return grads[0], None
 
 
 class Spread(torch.autograd.Function):
@@ -189,6 +201,7 @@ class Cut(torch.autograd.Function):
 
 
 summed: Callable[..., Tensor] = Sum.apply
+noted: Callable[..., Tensor] = Noted.apply
 spread: Callable[..., Tensor] = Spread.apply
 joined: Callable[..., Tensor] = Join.apply
 cut: Callable[..., Tensor] = Cut.apply

@@ -16,6 +16,11 @@ from torchnewton.distributed.processes import Processes
 from torchnewton.record.graph import Edge, filled, grad, walk
 from torchnewton.vectors import Vector, norm, zeros_like
 
+_MIXED = (
+    "Diagonalized: the model mixes samples, or calls a layer in a way that its blocks cannot be told from; use an "
+    "exact method (NewtonCG) on a model that tn.partition has cut."
+)
+
 
 class CutBlocks:
     """Vectors like the parameters of a cut model, and what this rank solves for: its parts of them.
@@ -74,6 +79,9 @@ class CutBlock(LinearOperator):
         Jₚv = Σ over its layers  ∂z/∂y · (xVᵀ + v_b)
 
     Shapes: vectors are what `CutBlocks.cut` gives. Products exchange nothing.
+    A sample is a row of a layer's input; z has equally many numbers for each, one after the other. What is frozen has
+    no block.
+
     Cost: C backward passes with their exchanges before the first product, C the numbers a sample has in the outputs,
     and one more to check; then for each layer two products with its block and two passes over N·C·outputs numbers.
     Memory: those numbers.
@@ -91,7 +99,13 @@ class CutBlock(LinearOperator):
         found = {node: call for node, call in nodes.items() if isinstance(call, Call)}
         self.calls = list(found.values())
         places: list[Edge] = [(node, 0) for node in found]
-        self.slopes = [_slopes(z, edge, places) for z, edge in zip(base.tape.outputs, edges, strict=True)]
+        counts = {len(_rows(call.x)) for call in self.calls}
+        if len(counts) != 1 or any(z.numel() % max(max(counts), 1) for z in base.tape.outputs):
+            raise ValueError(_MIXED)
+        (self.num_samples,) = counts
+        self.slopes = [
+            _slopes(z, edge, places, self.num_samples) for z, edge in zip(base.tape.outputs, edges, strict=True)
+        ]
         self._check_samples(edges, blocks)
 
     def _check_samples(self, edges: Sequence[Edge], blocks: CutBlocks) -> None:
@@ -102,10 +116,7 @@ class CutBlock(LinearOperator):
         error = norm([a - b for a, b in zip(self._adjoint(u), expected, strict=True)])
         eps = torch.finfo(u[0].dtype).eps
         if any(row[0] for row in blocks.processes.table([not error <= eps**0.5 * max(norm(expected), 1e-30)])):
-            raise ValueError(
-                "Diagonalized: the model mixes samples, or calls a layer in a way that its blocks cannot be told from; "
-                "use an exact method (NewtonCG) on a model that tn.partition has cut."
-            )
+            raise ValueError(_MIXED)
 
     def apply(self, v: Sequence[Tensor]) -> Vector:
         """See `LinearOperator.apply`."""
@@ -119,8 +130,12 @@ class CutBlock(LinearOperator):
         total = zeros_like(self.base.tape.outputs)
         for k, call in enumerate(self.calls):
             V, v_b = self._part(call.weight, v), self._part(call.bias, v)
-            assert V is not None  # for mypy: every rank has its part of every weight
-            y = F.linear(_rows(call.x), V, v_b)
+            if V is not None:
+                y = F.linear(_rows(call.x), V, v_b)
+            elif v_b is not None:
+                y = v_b.expand(self.num_samples, -1)
+            else:
+                continue
             for z, slopes in zip(total, self.slopes, strict=True):
                 if slopes[k]:
                     z += torch.stack([(slope * y).sum(-1) for slope in slopes[k]], dim=-1).view_as(z)
@@ -130,13 +145,15 @@ class CutBlock(LinearOperator):
         """Jₚᵀu."""
         total = zeros_like(self.domain)
         for k, call in enumerate(self.calls):
-            delta = sum(
+            W, bias = self._part(call.weight, total), self._part(call.bias, total)
+            parts = [
                 slope * weight[:, None]
                 for z, slopes in zip(u, self.slopes, strict=True)
-                for slope, weight in zip(slopes[k], _rows(z).unbind(-1), strict=False)
-            )
-            assert isinstance(delta, Tensor)  # for mypy: there is an output
-            W, bias = self._part(call.weight, total), self._part(call.bias, total)
+                for slope, weight in zip(slopes[k], z.reshape(self.num_samples, -1).unbind(-1), strict=False)
+            ]
+            if not parts:
+                continue
+            delta = sum(parts[1:], parts[0])
             if W is not None:
                 W += delta.mT @ _rows(call.x)
             if bias is not None:
@@ -149,19 +166,19 @@ class CutBlock(LinearOperator):
         return "explicit factors of the rank's blocks"
 
 
-def _slopes(z: Tensor, edge: Edge, places: Sequence[Edge]) -> list[list[Tensor]]:
+def _slopes(z: Tensor, edge: Edge, places: Sequence[Edge], num_samples: int) -> list[list[Tensor]]:
     """∂z_c/∂y of all samples at once: by call, then by c, samples × outputs; none where z does not depend on a call."""
     by_class = []
-    for c in range(z.shape[-1]):
-        u = torch.zeros_like(z)
-        u[..., c] = 1
-        by_class.append(grad([edge], places, [u]))
+    for c in range(z.numel() // max(num_samples, 1)):
+        u = torch.zeros(num_samples, z.numel() // num_samples, dtype=z.dtype, device=z.device)
+        u[:, c] = 1
+        by_class.append(grad([edge], places, [u.view(z.shape)]))
     return [[_rows(g) for row in by_class if (g := row[k]) is not None] for k in range(len(places))]
 
 
 def _rows(x: Tensor) -> Tensor:
-    """Everything but the last dimension counts as samples."""
-    return x.reshape(-1, x.shape[-1])
+    """Everything but the last dimension counts as samples; it may be empty."""
+    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
 
 
 def _local(x: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
-from torchnewton.distributed.axes import Axes, Call, cut, joined, spread, summed
+from torchnewton.distributed.axes import Axes, Call, cut, joined, noted, spread, summed
 
 ELEMENTWISE = (
     nn.Identity,
@@ -68,9 +68,10 @@ class CutLinear(nn.Module):
             p.share = self.axes  # type: ignore[attr-defined]
         inner, outer = self.axes.axes[self.across], self.axes.axes[1 - self.across]
         x = spread(self._part(x), outer)
-        y = summed(F.linear(x, _local(self.weight)), inner, Call(self.weight, self.bias, x.detach()))
+        y = summed(F.linear(x, _local(self.weight)), inner)
         if self.bias is not None:
             y = y + _local(self.bias)
+        y = noted(y, Call(self.weight, self.bias, x.detach()))
         if not self.gives_parts:
             y = joined(y, outer, self.out_features)
         return y

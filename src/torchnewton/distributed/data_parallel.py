@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,15 +15,15 @@ from torch import Tensor
 
 from torchnewton import vectors
 from torchnewton.curvature import LinearOperator, Rows, Shared, noise_parts, noise_scale
-from torchnewton.distributed.processes import ClosureError, Processes
+from torchnewton.distributed.processes import Processes, Table, fingerprint
 from torchnewton.distributed.reduced import Reduced, weighted
+from torchnewton.distributed.reductions import Kind, agreed, kind_and_samples
 from torchnewton.record import StreamedTape, Tape, moved
 from torchnewton.solvers import Operator, SolveResult, Status
 from torchnewton.vectors import Vector
 
 Result = TypeVar("Result")
 Recorded = TypeVar("Recorded", bound=Tape | StreamedTape)
-Table = list[list[float]]
 
 
 class DataParallel:
@@ -30,17 +31,20 @@ class DataParallel:
 
     wᵣ = nᵣ / Σ nᵣ for closures that return means over nᵣ samples, 1 for closures that return sums. By default nᵣ is
     what the recorded loss calls divide by (for `cross_entropy` the samples that are not ignored, by their weights),
-    else the length of the outputs; with `reduction="sum"` the closure returns a sum. A rank with nᵣ = 0 counts nothing.
+    else the length of the outputs; what is a sum is seen from the weights of the recorded losses in f, so that
+    `reduction="sum"` and a division by n is a mean: see `kind_and_samples`. A rank with nᵣ = 0 counts nothing.
     Of batches by `over`, nᵣ is the sum of their weights, by default their samples, and no argument changes it.
 
     Args:
         group: a process group; by default all ranks.
-        num_samples: nᵣ, or a function of the tape that gives it, where the default does not fit.
+        num_samples: nᵣ, or a function of the tape that gives it, where the default does not fit. A number is that of
+            the closure, not of the one for `curvature`.
         summed: whether the closure returns sums, where the default does not fit.
         timeout: seconds after which an exchange fails with an error that names the missing ranks.
 
-    Errors: `ValueError` for arguments, for a loss without a split where `num_samples` is not given, and for ranks of
-    which some return means and some sums; `RankError` where another rank fails or does not answer.
+    Errors: `ValueError` for arguments, for a loss without a split where `num_samples` is not given, and for closures
+    that add means and sums, or return sums on some ranks alone; `RankError` where another rank fails or does not
+    answer.
     """
 
     def __init__(
@@ -66,11 +70,9 @@ class DataParallel:
         return given if given is None or isinstance(given, DataParallel) else cls(given)
 
     def check_same(self, params: Sequence[Tensor]) -> None:
-        """Raise `ValueError` unless all ranks hold the same parameters, by two sums over each."""
-        with torch.no_grad():
-            sums = [f(p.detach().double()) for p in params for f in (torch.sum, torch.norm)]
-        rows = self.processes.table([float(len(params)), *(float(s) for s in sums)])
-        other = [r for r, row in enumerate(rows) if row != rows[0] and not any(math.isnan(v) for v in row)]
+        """Raise `ValueError` unless all ranks hold the same parameters, by their fingerprint."""
+        rows = self.processes.table(fingerprint(params))
+        other = [r for r, row in enumerate(rows) if row != rows[0]]
         if other:
             raise ValueError(
                 f"process_group: the parameters of rank {other[0]} are not those of rank 0: build the model with the "
@@ -78,34 +80,30 @@ class DataParallel:
                 "rank 0."
             )
 
-    def weigh(self, tape: Tape | StreamedTape) -> tuple[float, bool]:
-        """nᵣ of this rank's tape, and whether its loss is a sum."""
+    def for_curvature(self) -> DataParallel:
+        """The same for a closure with other samples."""
+        if self.num_samples is None or callable(self.num_samples):
+            return self
+        found = copy.copy(self)
+        found.num_samples = None
+        return found
+
+    def weigh(self, tape: Tape | StreamedTape) -> tuple[float, Kind]:
+        """nᵣ of this rank's tape, and what its loss is."""
         if isinstance(tape, StreamedTape):
-            return tape.total_weight, False
-        if callable(self.num_samples):
-            n = float(self.num_samples(tape))
-        else:
-            n = num_samples(tape) if self.num_samples is None else float(self.num_samples)
+            return tape.total_weight, Kind.MEAN
+        kind, n = kind_and_samples(tape)
+        if self.num_samples is not None:
+            n = float(self.num_samples(tape) if callable(self.num_samples) else self.num_samples)
+        elif not tape.pieces:
+            raise ValueError(
+                "DataParallel: the loss has no split that tells its number of samples; give "
+                "process_group=tn.DataParallel(num_samples=…), for a curvature closure a function of the tape, or mark "
+                "the network's outputs with tn.outputs(z)."
+            )
         if not 0 <= n < math.inf:
             raise ValueError(f"DataParallel: num_samples={n} must be a number that is not negative.")
-        reductions = [piece.reduction() for piece in tape.pieces if piece.reduction is not None]
-        is_sum = bool(reductions) and all(kind == "sum" for kind in reductions)
-        return n, is_sum if self.summed is None else self.summed
-
-    def together(self, run: Callable[[], Result], numbers: Callable[[Result], list[float]]) -> tuple[Result, Table]:
-        """Run something that may fail on some ranks; everyone's numbers. A failure anywhere is raised everywhere."""
-        width = 3
-        try:
-            found = run()
-            row = numbers(found)
-        except BaseException:
-            self.processes.table([1.0, *[0.0] * width])
-            raise
-        rows = self.processes.table([0.0, *row, *[0.0] * (width - len(row))])
-        failed = [r for r, entries in enumerate(rows) if entries[0]]
-        if failed:
-            raise ClosureError(f"rank {failed[0]} has failed in its closure; its own output tells why.")
-        return found, [entries[1:] for entries in rows]
+        return n, kind if self.summed is None else Kind(self.summed)
 
 
 class Alone:
@@ -179,18 +177,17 @@ class Share(Alone):
     def __init__(self, parallel: DataParallel, table: Table) -> None:
         self.parallel: DataParallel = parallel
         self.processes = parallel.processes
-        counts, sums, streamed = ([row[column] for row in table] for column in range(3))
+        counts, kinds, streamed = ([row[column] for row in table] for column in range(3))
         if len(set(streamed)) > 1:
             raise ValueError(
                 "process_group: some ranks give several batches by tn.over, others a closure or a single batch; cut a "
                 "rank's samples into two batches or more."
             )
-        if len(set(sums)) > 1:
-            raise ValueError("DataParallel: some ranks return sums, some means; say summed=True or False.")
-        self.summed = bool(sums[0])
+        self.summed = _is_sum([Kind(int(kind)) for kind, n in zip(kinds, counts, strict=True) if n or not any(counts)])
         total = sum(counts)
         if not self.summed and not total > 0:
             raise ValueError("DataParallel: no rank has a sample (num_samples is 0 everywhere).")
+        self.counts = counts
         self.weights = [1.0 if self.summed else n / total for n in counts]
         self.weight = self.weights[self.processes.rank]
         self.fraction = counts[self.processes.rank] / total if total > 0 else 0.0
@@ -200,8 +197,8 @@ class Share(Alone):
         """Record on every rank."""
 
         def numbers(tape: Recorded) -> list[float]:
-            n, is_sum = parallel.weigh(tape)
-            return [n, float(is_sum), float(isinstance(tape, StreamedTape))]
+            n, kind = parallel.weigh(tape)
+            return [n, float(kind), float(isinstance(tape, StreamedTape))]
 
         made: list[Recorded] = []
 
@@ -210,7 +207,7 @@ class Share(Alone):
             return made[0]
 
         try:
-            tape, table = parallel.together(kept, numbers)
+            tape, table = parallel.processes.together(kept, numbers)
             return tape, cls(parallel, table)
         except BaseException:
             for tape in made:
@@ -219,12 +216,12 @@ class Share(Alone):
 
     def total(self, run: Callable[[], float]) -> float:
         """Σ wᵣfᵣ of a loss that every rank computes."""
-        _, table = self.parallel.together(run, lambda value: [value])
+        _, table = self.processes.together(run, lambda value: [value])
         return math.fsum(w * row[0] for w, row in zip(self.weights, table, strict=True) if w)
 
     def everywhere(self, run: Callable[[], Result]) -> Result:
         """Run something; an exception on one rank is one on all."""
-        return self.parallel.together(run, lambda _: [])[0]
+        return self.processes.together(run)[0]
 
     def reduced(self, v: Vector) -> Vector:
         """Σ wᵣvᵣ."""
@@ -295,13 +292,25 @@ class SharedByRanks(Shared):
     """Every rank has some of the samples."""
 
     def __init__(self, share: Share) -> None:
-        self.share, self.processes = share, share.processes
+        self.share, self.processes, self.rank = share, share.processes, share.processes.rank
+        self.has_samples = share.fraction > 0
 
-    def factors(self, left: Vector, right: Vector) -> tuple[Vector, Vector]:
-        """Σ wᵣLᵣ and the mean of the Rᵣ over the samples, in one message."""
-        share = self.share
-        found = self.processes.sum([*weighted(left, share.weight), *weighted(right, share.fraction)])
+    def told(self, numbers: Sequence[float]) -> list[list[float]]:
+        """See `Shared.told`."""
+        return self.processes.rows(numbers)
+
+    def factors(self, left: Vector, right: Vector, holders: Sequence[Sequence[int]]) -> tuple[Vector, Vector]:
+        """Σ wᵣLᵣ and the mean of the Rᵣ over the samples, of the ranks that have them, in one message."""
+        shares = [self._share_among(ranks) for ranks in holders]
+        lefts = [x for L, part in zip(left, shares, strict=True) for x in weighted([L], self.share.weight * (part > 0))]
+        rights = [x for R, part in zip(right, shares, strict=True) for x in weighted([R], part)]
+        found = self.processes.sum([*lefts, *rights])
         return found[: len(left)], found[len(left) :]
+
+    def _share_among(self, ranks: Sequence[int]) -> float:
+        """How many of the samples of some ranks are this one's."""
+        counts = self.share.counts
+        return counts[self.rank] / sum(counts[r] for r in ranks) if self.rank in ranks else 0.0
 
     def rows(self, counts: Sequence[int]) -> list[Rows]:
         """See `Shared.rows`: one message."""
@@ -315,16 +324,13 @@ class SharedByRanks(Shared):
         return [math.fsum(column) for column in zip(*table, strict=True)]
 
 
-def num_samples(tape: Tape) -> float:
-    """How many samples a recorded loss is a mean over; see `DataParallel`."""
-    if not tape.pieces:
+def _is_sum(kinds: Sequence[Kind]) -> bool:
+    """Whether the closures of the ranks that have samples return sums."""
+    if {Kind.MEAN, Kind.SUM} <= set(kinds):
+        raise ValueError("DataParallel: some ranks return sums, some means; say summed=True or False.")
+    if Kind.UNKNOWN in kinds:
         raise ValueError(
-            "DataParallel: the loss has no split that tells its number of samples; give "
-            "process_group=tn.DataParallel(num_samples=…), or mark the network's outputs with tn.outputs(z)."
+            "DataParallel: a closure adds means and sums over its samples, or weighs them in a way that does not tell "
+            "which of the two it returns; say process_group=tn.DataParallel(summed=…), and for means num_samples=…"
         )
-    total = 0.0
-    for piece in tape.pieces:
-        averaged = piece.reduction is not None and piece.reduction() in ("mean", "batchmean")
-        length = float(piece.outputs[0].shape[0]) if piece.outputs[0].dim() else 1.0
-        total += piece.divisor() if averaged and piece.divisor is not None else length
-    return total
+    return agreed(kinds) in (Kind.SUM, Kind.PERHAPS_SUM)

@@ -90,7 +90,7 @@ class Diagonalized:
     @property
     def uses_previous_step(self) -> bool:
         """x₀ is the previous step."""
-        return True
+        return self.combine
 
     def solve(
         self,

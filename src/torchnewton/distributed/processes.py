@@ -2,30 +2,73 @@
 
 from __future__ import annotations
 
+import struct
 import time
+import zlib
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from torchnewton.record import RecordError
+from torchnewton.record import UNDEFINED, RecordError
 from torchnewton.vectors import Vector, flatten, unflatten
 
+Result = TypeVar("Result")
+Table = list[list[float]]
+
 _POLL = 0.05  # seconds
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
+_MIX = -7046029254386353131  # 2⁶⁴ divided by the golden ratio, an odd number whose bits look random
+_WIDTH = 3  # the numbers that the ranks tell each other beside whether they have failed
 
 
 class RankError(RuntimeError):
     """Another rank has failed or does not answer; the message names it."""
 
 
-class ClosureError(RankError, RecordError):
+class ClosureError(RankError):
     """The closure of another rank has failed."""
 
 
-class Processes:
+class UndefinedError(ClosureError, ArithmeticError):
+    """The same, where the loss is not defined there: one of `UNDEFINED`, as the other rank's own error is."""
+
+
+class UnrecordableError(ClosureError, RecordError):
+    """The same, where the other rank's error is a `RecordError`."""
+
+
+_SORTS = (ClosureError, UndefinedError, UnrecordableError)
+
+
+class HoldsGroup:
+    """A part of an optimizer that holds a process group: copies share it, other processes cannot have it."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> HoldsGroup:
+        return self
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "an optimizer with a process group cannot be pickled, since the group belongs to this process: save its "
+            "state_dict(), and load that into an optimizer made with process_group= where it is to go on."
+        )
+
+
+def fingerprint(params: Sequence[Tensor]) -> list[float]:
+    """Two numbers that tell parameters of other values, order or shapes apart, whatever adds them up."""
+    sums = []
+    for p in params:
+        x = p.detach().contiguous().reshape(-1)
+        bits = x.view(_INTEGERS[x.element_size()]).to(torch.int64)
+        bits = (bits + torch.arange(len(bits), device=bits.device) * _MIX) * _MIX  # modulo 2⁶⁴
+        sums += [int((bits ^ (bits >> 29)).sum()), *p.shape]
+    return [float(len(params)), float(zlib.crc32(struct.pack(f"{len(sums)}q", *sums)))]
+
+
+class Processes(HoldsGroup):
     """The ranks of a process group of `torch.distributed`, seen from one of them.
 
     Every method that exchanges is called by all ranks, in the same order. `bytes` counts what this rank has put into
@@ -63,12 +106,55 @@ class Processes:
         """What rank 0 has; the others give tensors of the same shapes."""
         return self._packed(x, lambda flat: dist.broadcast(flat, self._first, group=self.group, async_op=True))
 
-    def table(self, numbers: Sequence[float]) -> list[list[float]]:
+    def table(self, numbers: Sequence[float]) -> Table:
         """Everyone's numbers, in float64, by rank."""
         row = torch.tensor(numbers, dtype=torch.float64, device=self._device())
         rows = [torch.empty_like(row) for _ in range(self.size)]
         self._exchange(row, lambda: dist.all_gather(rows, row, group=self.group, async_op=True))
         return [[float(v) for v in r] for r in torch.stack(rows).cpu()]
+
+    def rows(self, numbers: Sequence[float]) -> Table:
+        """Everyone's numbers, which may be more on some ranks than on others, by rank: one message, or two."""
+        row = [float(n) for n in numbers]
+        told = self.table([len(row), zlib.crc32(struct.pack(f"{len(row)}d", *row))])
+        if all(other == told[0] for other in told):
+            return [row] * self.size
+        lengths = [int(length) for length, _ in told]
+        found = self.table(row + [0.0] * (max(lengths) - len(row)))
+        return [other[:length] for other, length in zip(found, lengths, strict=True)]
+
+    def together(
+        self, run: Callable[[], Result], numbers: Callable[[Result], list[float]] = lambda _: [], width: int = _WIDTH
+    ) -> tuple[Result, Table]:
+        """Run something that may fail on some ranks; everyone's numbers, at most `width`. For failures see `agree`."""
+        try:
+            found = run()
+            row = numbers(found)
+        except BaseException as error:
+            self.tell_failure(error, width)
+            raise
+        return found, self.agree(None, [*row, *[0.0] * (width - len(row))])
+
+    def tell_failure(self, failure: BaseException, width: int = _WIDTH) -> None:
+        """Tell the others, who are at the end of `together`, that this rank has failed."""
+        self.agree(failure, [0.0] * width)
+
+    def agree(self, failure: BaseException | None, numbers: Sequence[float] = ()) -> Table:
+        """Everyone's numbers; if a rank has failed, an exception on all, which whoever catches exceptions treats alike.
+
+        It is that of the rank itself where all failures are of the same sort, `UNDEFINED`, `RecordError` or others, or
+        where it is one of the others; else a `ClosureError` of the sort.
+        """
+        rows = self.table([_sort_of(failure), *numbers])
+        sorts = [int(row[0]) for row in rows]
+        met = {sort for sort in sorts if sort}
+        if not met:
+            return [row[1:] for row in rows]
+        sort = met.pop() if len(met) == 1 else 1
+        if failure is not None and _sort_of(failure) == sort:
+            raise failure
+        failed = sorts.index(sort) if sort in sorts else next(r for r, s in enumerate(sorts) if s)
+        raise _SORTS[sort - 1](f"rank {failed} has failed in its closure; its own output tells why.") from failure
 
     def numbers_of_first(self, numbers: Sequence[float]) -> list[float]:
         """The numbers of rank 0, in float64."""
@@ -160,3 +246,10 @@ class Processes:
             missing = [r for r in missing if not store.check([f"{key}/{r}"])]
             time.sleep(_POLL)
         return missing
+
+
+def _sort_of(failure: BaseException | None) -> int:
+    """0 for none, else 1 + the place in `_SORTS` of what stands for it on other ranks."""
+    if failure is None:
+        return 0
+    return 2 if isinstance(failure, UNDEFINED) else 3 if isinstance(failure, RecordError) else 1

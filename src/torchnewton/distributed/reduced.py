@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -31,7 +31,8 @@ class Reduced(LinearOperator):
 
     `own` is what the samples of this rank tell of A: wᵣAᵣ over `fraction`, the share of the samples that are here.
 
-    Shapes: as Aᵣ, the same on all ranks. Every method that multiplies is called by all ranks in the same order.
+    Shapes: as Aᵣ, the same on all ranks. Every method that multiplies is called by all ranks in the same order. An
+    exception on one rank, as of a product that runs the closure, is one on all: see `Processes.agree`.
     Cost: that of Aᵣ, and one message of P numbers for a product, k² for DᵀAD, P² for the matrix. Memory: one vector.
     """
 
@@ -53,51 +54,79 @@ class Reduced(LinearOperator):
         scale = self.weight / self.fraction if self.fraction else 0.0
         return self.local if scale == 1 else self.local * scale
 
-    def _sum(self, x: Sequence[Tensor]) -> Vector:
-        return self.processes.sum(weighted(x, self.weight))
+    def _sum(self, run: Callable[[], Sequence[Tensor]], like: Sequence[Tensor]) -> Vector:
+        """Σ wᵣ · what `run` finds; a rank that fails sends NaN, so that all ask who has failed, at no other cost."""
+        failure = None
+        try:
+            found = weighted(run(), self.weight)
+        except Exception as error:
+            failure, found = error, [torch.full_like(x, math.nan) for x in like]
+        total = self.processes.sum(found)
+        if not all(bool(x.isfinite().all()) for x in total):
+            self.processes.agree(failure)
+        return total
 
     def apply(self, v: Sequence[Tensor]) -> Vector:
         """See `LinearOperator.apply`."""
-        return self._sum(self.local.apply(v))
+        return self._sum(lambda: self.local.apply(v), self.codomain)
 
     def adjoint(self, u: Sequence[Tensor]) -> Vector:
         """Σ wᵣAᵣᵀu."""
-        return self._sum(self.local.adjoint(u))
+        return self._sum(lambda: self.local.adjoint(u), self.domain)
 
     def apply_each(self, vs: Sequence[Vector]) -> list[Vector]:
         """Several products in one message."""
         width = len(self.codomain)
-        found = self._sum([y for product in self.local.apply_each(vs) for y in product]) if vs else []
+        if not vs:
+            return []
+        like = [y for _ in vs for y in self.codomain]
+        found = self._sum(lambda: [y for product in self.local.apply_each(vs) for y in product], like)
         return [found[i : i + width] for i in range(0, len(found), width)]
 
     def quadratic_form(
         self, directions: Sequence[Sequence[Tensor]], gram: Tensor | None = None
     ) -> tuple[Tensor, float]:
         """Σ wᵣDᵀAᵣD: k² numbers."""
-        with vectors.agreeing(None):
-            form, num_products = self.local.quadratic_form(directions)
-        (total,) = self._sum([form.to(self.domain[0].device)])
-        return total.cpu(), num_products
+        products = [0.0]
+
+        def run() -> Vector:
+            with vectors.agreeing(None):
+                form, products[0] = self.local.quadratic_form(directions)
+            return [form.to(self.domain[0].device)]
+
+        size = len(directions)
+        (total,) = self._sum(run, [self.domain[0].new_empty(size, size, dtype=torch.float64)])
+        return total.cpu(), products[0]
 
     def to_dense(self) -> Tensor:
-        """The matrix; P² numbers."""
-        (dense,) = self._sum([self.local.to_dense()])
+        """The matrix in float64; P² numbers."""
+        like = self.domain[0].new_empty((), dtype=torch.float64).expand(self.shape)
+        (dense,) = self._sum(lambda: [self.local.to_dense().double()], [like])
         return dense
 
     def diagonal(self, num_samples: int | None = None, generator: torch.Generator | None = None) -> Estimate[Vector]:
         """The sum of those of the ranks, each with its own samples."""
-        with vectors.agreeing(None):
-            found = self.local.diagonal(num_samples, generator)
-        variance = [e.square() * self.weight for e in found.standard_error]
-        total = self._sum([*found.value, *variance])
-        return Estimate(total[: len(variance)], [v.sqrt() for v in total[len(variance) :]])
+
+        def run() -> Vector:
+            with vectors.agreeing(None):
+                found = self.local.diagonal(num_samples, generator)
+            return [*found.value, *(e.square() * self.weight for e in found.standard_error)]
+
+        total, width = self._sum(run, [*self.domain, *self.domain]), len(self.domain)
+        return Estimate(total[:width], [v.sqrt() for v in total[width:]])
 
     def trace(self, num_samples: int | None = None, generator: torch.Generator | None = None) -> Estimate[float]:
         """The sum of those of the ranks, each with its own samples."""
-        with vectors.agreeing(None):
-            found = self.local.trace(num_samples, generator)
         w = self.weight
-        rows = self.processes.table([w * found.value, (w * found.standard_error) ** 2] if w else [0.0, 0.0])
+
+        def run() -> Estimate[float]:
+            with vectors.agreeing(None):
+                return self.local.trace(num_samples, generator)
+
+        def numbers(found: Estimate[float]) -> list[float]:
+            return [w * found.value, (w * found.standard_error) ** 2] if w else [0.0, 0.0]
+
+        _, rows = self.processes.together(run, numbers, width=2)
         return Estimate(math.fsum(row[0] for row in rows), math.sqrt(math.fsum(row[1] for row in rows)))
 
     def costs(self, num_products: int = 1) -> Costs:

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from torchnewton import vectors
 from torchnewton.curvature import Estimate, LinearOperator
-from torchnewton.distributed.data_parallel import DataParallel, Share, Table
+from torchnewton.distributed.data_parallel import DataParallel, Share
 from torchnewton.distributed.layout import Layout
+from torchnewton.distributed.processes import Table
 from torchnewton.distributed.reduced import Reduced
 from torchnewton.distributed.shard import present
 from torchnewton.record import StreamedTape, Tape, moved

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
+from torchnewton.distributed.processes import HoldsGroup
+
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
@@ -62,7 +64,7 @@ class OneProcess:
         return torch.cat(slices)[:size]
 
 
-class ManyProcesses:
+class ManyProcesses(HoldsGroup):
     """One worker on each rank of a process group."""
 
     def __init__(self, group: ProcessGroup) -> None:

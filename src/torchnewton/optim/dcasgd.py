@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -47,8 +48,8 @@ class DCASGD(CompleteState):
         weight_decay: w, adds ½w‖θ‖² to the loss; its gradient is that at w, which the server knows.
         delay: of the simulator; 0.
 
-    A gradient that is not finite is dropped, state and parameters stay as they were, bit for bit, and `report.status`
-    names the worker. What `torch.compile` has made runs as eager code.
+    A gradient that is not finite, by itself or with its compensation, is dropped, state and parameters stay as they
+    were, bit for bit, and `report.status` names the worker. What `torch.compile` has made runs as eager code.
 
     Errors: `ValueError` for arguments out of range, no closure, a closure without `backward()`, or a gradient of
     another shape. Cost: one gradient; memory of one vector for each worker, with `adaptive` two.
@@ -109,7 +110,7 @@ class DCASGD(CompleteState):
         calls = Calls(closure, params, self.report)
         memory = self.state[first_parameter(self)]
         turn = memory.setdefault("turn", 0)
-        if turn == 0:
+        if turn == 0 or not self.delay:  # without delay nobody has parameters of an earlier time
             for i in range(self.delay + 1):
                 self.send(str(i))
         for p in params:
@@ -124,8 +125,11 @@ class DCASGD(CompleteState):
             self.report.status = f"rejected: {failure} (worker {worker})"
             return calls.returned
         put(params, kept)
+        reason = self.receive(worker, gradient)
+        if reason:
+            self.report.status = f"rejected: {reason} (worker {worker})"
+            return calls.returned
         memory["turn"] = turn + 1
-        self.receive(worker, gradient)
         self.send(worker)
         self.report.accepted, self.report.step_length = True, 1.0
         return calls.returned
@@ -156,22 +160,49 @@ class DCASGD(CompleteState):
             )
         if not all(g is None or bool(torch.isfinite(g).all()) for g in gradient):
             return "the gradient is not finite"
-        for g, (p, group) in zip(gradient, pairs, strict=True):
-            if g is not None:
-                state = self.state[p]
-                if group["adaptive"] and "mean_squares" not in state:
-                    state["mean_squares"] = {known: torch.zeros_like(p) for known in state.get("backups", {})}
-                squares = state["mean_squares"] if group["adaptive"] else {}
-                backup = state.get("backups", {}).get(worker, p)
-                d, mean_square = compensated(g.to(p), p - backup, squares.get(worker), group)
-                if mean_square is not None:
-                    squares[worker] = mean_square
-                d = decayed(d, p, group)
-                if group["momentum"]:
-                    old = state.get("momentum")
-                    d = state["momentum"] = d.clone() if old is None else old.mul(group["momentum"]).add_(d)
-                p.add_(d, alpha=-group["lr"])
+        moves = [
+            self._move(worker, g.to(p), p, group)
+            for g, (p, group) in zip(gradient, pairs, strict=True)
+            if g is not None
+        ]
+        if not all(bool(torch.isfinite(x).all()) for move in moves for x in move.tensors()):
+            return "the compensated gradient is not finite"
+        for move in moves:
+            state = self.state[move.p]
+            if move.mean_square is not None:
+                if "mean_squares" not in state:
+                    state["mean_squares"] = {known: torch.zeros_like(move.p) for known in state.get("backups", {})}
+                state["mean_squares"][worker] = move.mean_square
+            if move.velocity is not None:
+                state["momentum"] = move.velocity
+            move.p.copy_(move.new)
         return ""
+
+    def _move(self, worker: str, g: Tensor, p: Tensor, group: dict[str, Any]) -> Move:
+        """What a gradient makes of a parameter and its state, which stay as they are."""
+        state = self.state[p]
+        backup = state.get("backups", {}).get(worker, p)
+        squares = state.get("mean_squares", {}) if group["adaptive"] else {}
+        d, mean_square = compensated(g, p - backup, squares.get(worker), group)
+        d, velocity = decayed(d, p, group), None
+        if group["momentum"]:
+            old = state.get("momentum")
+            d = velocity = d.clone() if old is None else old.mul(group["momentum"]).add_(d)
+        return Move(p, p.add(d, alpha=-group["lr"]), mean_square, velocity)
+
+
+@dataclass(frozen=True)
+class Move:
+    """A parameter, its new value, the new MS of the worker, and the new velocity."""
+
+    p: Tensor
+    new: Tensor
+    mean_square: Tensor | None
+    velocity: Tensor | None
+
+    def tensors(self) -> list[Tensor]:
+        """What is new."""
+        return [x for x in (self.new, self.mean_square, self.velocity) if x is not None]
 
 
 def compensated(

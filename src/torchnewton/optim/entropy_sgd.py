@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from torchnewton import vectors
+from torchnewton.distributed import Processes, gradient_processes
+from torchnewton.distributed.layout import as_dtensor, is_shard, laid
 from torchnewton.optim.complete_state import CompleteState, as_before, completed, mark_initialized
 from torchnewton.optim.evaluation import (
     Calls,
@@ -22,7 +25,7 @@ from torchnewton.optim.evaluation import (
     trainable,
 )
 from torchnewton.optim.report import StepReport
-from torchnewton.record import Closure
+from torchnewton.record import BufferSnapshot, Closure
 from torchnewton.vectors import Vector
 
 Pairs = list[tuple[Tensor, dict[str, Any]]]
@@ -54,7 +57,8 @@ class EntropySGD(CompleteState):
 
     `optimizer.report` has the loss and gradient norm at x, of the first batch; `step` returns that loss.
     A step with a loss, gradient or sample that is not finite is rejected: parameters, buffers and state stay as they
-    were, bit for bit. BatchNorm statistics move in each call. What `torch.compile` has made runs as eager code.
+    were, bit for bit; under DistributedDataParallel or on parameters in parts on all ranks, which also draw the same
+    noise. BatchNorm statistics move in each call. What `torch.compile` has made runs as eager code.
 
     Errors: `ValueError` for arguments out of range, no closure, or a closure without `backward()`.
     Cost: L gradients; memory of four vectors like the parameters.
@@ -116,11 +120,15 @@ class EntropySGD(CompleteState):
         closure, pairs = needed(closure, self), trainable(self)
         params = [p for p, _ in pairs]
         self.report = StepReport()
-        calls = Calls(closure, params, self.report)
         start = vectors.clone(params)
         try:
-            with all_or_nothing(params):
-                directions = self._chain(calls, pairs, start) if self.inner_steps else self._gradient(calls, pairs)
+            with all_or_nothing(params) as buffers:
+                together = Together(params, buffers)
+                calls = Calls(closure, params, self.report, together.agreed)
+                if self.inner_steps:
+                    directions = self._chain(calls, pairs, start, together)
+                else:
+                    directions = self._gradient(calls, pairs)
         except StepFailedError as failure:
             self.report.status = f"rejected: {failure}"
             return calls.returned
@@ -140,7 +148,7 @@ class EntropySGD(CompleteState):
         """L = 0: ∇f(x)."""
         return [None if g is None else decayed(g, p, group) for g, (p, group) in zip(calls(), pairs, strict=True)]
 
-    def _chain(self, calls: Calls, pairs: Pairs, start: Vector) -> list[Tensor | None]:
+    def _chain(self, calls: Calls, pairs: Pairs, start: Vector, together: Together) -> list[Tensor | None]:
         """L Langevin steps, which move the parameters; x − μ for those that were used."""
         means = vectors.clone(start)
         velocities: list[Tensor | None] = [None] * len(start)
@@ -151,19 +159,62 @@ class EntropySGD(CompleteState):
                     (p, group), used[i] = pairs[i], True
                     gamma = group["scope"] * (1 + group["scope_growth"]) ** self.state[p].get("step", 0)
                     drift = decayed(g, p, group) - gamma * (start[i] - p)
-                    velocities[i] = langevin(p, drift, velocities[i], group)
+                    velocities[i] = langevin(p, drift, velocities[i], group, together.noise)
                     means[i].lerp_(p, group["average"])
-        if not vectors.is_finite(means):
+        if together.agreed(int(not vectors.is_finite(means))):
             raise StepFailedError("the chain left the finite numbers; lower inner_lr")
         return [x - mean if u else None for x, mean, u in zip(start, means, used, strict=True)]
 
 
-def langevin(x: Tensor, drift: Tensor, velocity: Tensor | None, group: dict[str, Any]) -> Tensor | None:
+class Together:
+    """What processes that make the same step agree on: failures, and the noise of parameters that all of them have.
+
+    They are known once the closure has run.
+    """
+
+    def __init__(self, params: Sequence[Tensor], buffers: BufferSnapshot) -> None:
+        self.params, self.buffers = params, buffers
+
+    @cached_property
+    def processes(self) -> Processes | None:
+        """Those that add up gradients; None for one."""
+        return gradient_processes(self.params, self.buffers.process_group)
+
+    def agreed(self, code: int) -> int:
+        """The largest of everyone's codes."""
+        return code if self.processes is None else int(max(row[0] for row in self.processes.table([code])))
+
+    def noise(self, x: Tensor) -> Tensor:
+        """N(0, I) like x, the same on all processes unless each has a part of x."""
+        if self.processes is None:
+            return torch.randn_like(x)
+        in_parts = is_shard(x)
+        local = as_dtensor(x).to_local() if in_parts else x
+        source = self._generators[1 if in_parts and x.dim() else 0]
+        noise = torch.randn(local.shape, generator=source, dtype=x.dtype).to(x.device)
+        return laid(noise, as_dtensor(x).device_mesh, x.shape) if in_parts else noise
+
+    @cached_property
+    def _generators(self) -> tuple[torch.Generator, torch.Generator]:
+        """Of all processes, seeded as rank 0 says, and of this one."""
+        assert self.processes is not None  # as `noise` has seen to
+        (seed,) = self.processes.numbers_of_first([float(torch.randint(2**52, ()))])
+        own = int(seed) + 1 + self.processes.rank
+        return torch.Generator().manual_seed(int(seed)), torch.Generator().manual_seed(own)
+
+
+def langevin(
+    x: Tensor,
+    drift: Tensor,
+    velocity: Tensor | None,
+    group: dict[str, Any],
+    noise: Callable[[Tensor], Tensor] = torch.randn_like,
+) -> Tensor | None:
     """x' ← x' − η'·(drift with Nesterov momentum) + √η'·ε·N(0, I), in place; returns the new velocity."""
     d, velocity = nesterov(drift, velocity, group["momentum"])
     x.add_(d, alpha=-group["inner_lr"])
     if group["noise"]:
-        x.add_(torch.randn_like(x), alpha=math.sqrt(group["inner_lr"]) * group["noise"])
+        x.add_(noise(x), alpha=math.sqrt(group["inner_lr"]) * group["noise"])
     return velocity
 
 

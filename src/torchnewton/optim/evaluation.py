@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,15 +20,25 @@ class StepFailedError(Exception):
     """A numerical failure inside a step; its text becomes `report.status`."""
 
 
+FAILURES = ("", "the gradient is not finite", "the loss is not finite")
+
+
 class Calls:
     """The calls of a step's closure: each gives the gradients, None where a parameter was not used.
 
     `returned` is what the first call returned, and the report has its loss and gradient norm. `p.grad` is None before
-    a call and holds the gradient after.
+    a call and holds the gradient after. Where several processes make the same step, `agreed` gives the largest of the
+    codes of their failures, the places in `FAILURES`.
     """
 
-    def __init__(self, closure: Closure, params: Sequence[Tensor], report: StepReport) -> None:
-        self.closure, self.params, self.report = closure, params, report
+    def __init__(
+        self,
+        closure: Closure,
+        params: Sequence[Tensor],
+        report: StepReport,
+        agreed: Callable[[int], int] = lambda code: code,
+    ) -> None:
+        self.closure, self.params, self.report, self.agreed = closure, params, report, agreed
         self.returned: Any = None
 
     def __call__(self) -> list[Tensor | None]:
@@ -54,10 +64,10 @@ class Calls:
         if not self.report.gradient_equivalents:
             self.returned, self.report.loss, self.report.gradient_norm = returned, loss, size
         self.report.gradient_equivalents += 1
-        if not math.isfinite(loss):
-            raise StepFailedError("the loss is not finite")
-        if not math.isfinite(size) and not vectors.is_finite(used):
-            raise StepFailedError("the gradient is not finite")
+        no_gradient = not math.isfinite(size) and not vectors.is_finite(used)
+        code = self.agreed(2 if not math.isfinite(loss) else int(no_gradient))
+        if code:
+            raise StepFailedError(FAILURES[code])
         return [p.grad for p in self.params]
 
 

@@ -110,7 +110,7 @@ class Point:
             return self._decayed(A), streamed
         tape, share = self.tape, self.share
         if curvature is not None:
-            tape, share = record_share(curvature, self.params, self.share.parallel)
+            tape, share = record_share(curvature, self.params, self.share.parallel, for_curvature=True)
             self._settled.append(tape.buffers)
         assert isinstance(tape, Tape)  # for mypy: streamed is above
         return self._decayed(share.operator(make(tape))), tape

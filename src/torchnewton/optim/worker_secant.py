@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from torchnewton import vectors
-from torchnewton.distributed import Workers, find_workers
-from torchnewton.optim.complete_state import CompleteState, first_parameter
+from torchnewton.distributed import Workers, find_workers, fingerprint
+from torchnewton.optim.complete_state import CompleteState, as_before, first_parameter
 from torchnewton.optim.evaluation import (
     Calls,
     StepFailedError,
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 Pairs = list[tuple[Tensor, dict[str, Any]]]
+Rounds = list[list[list[Tensor]]]  # of each its slices here, of each the workers' points and gradients
 REASONS = ("", "the loss is not finite", "the gradient is not finite", "its local steps left the finite numbers")
 
 
@@ -71,11 +72,13 @@ class WorkerSecant(CompleteState):
 
     A worker whose loss, gradient or parameters are not finite is left out of the round, and `report.status` names it.
     Where none is left, or the new parameters are not finite, the step is rejected: all stays as it was, bit for bit.
+    Where other parameters are trained than before, earlier rounds are forgotten.
     Floating-point buffers (BatchNorm) become the mean over the workers. What `torch.compile` has made runs as eager
     code. `report.inner_iterations` is the rank of the solve, `report.bytes_communicated` what a worker has sent. Every
     rank has its own `state_dict` (its slices of earlier rounds): save all of them, and resume with as many ranks.
 
-    Errors: `ValueError` for arguments, a group of another size, no closure, or a closure without `backward()`.
+    Errors: `ValueError` for arguments, a group of another size, ranks that start with other parameters, no closure, or
+    a closure without `backward()`.
     Cost of a round for a worker: `local_steps` + 1 gradients; 3n(m − 1)/m numbers sent: θᵢ and gᵢ to the owners of
     slices by all-to-all, and the new θ back; Gram matrices of (2m + 2)² numbers are gathered. Memory: 4 + 2·(rounds
     kept) vectors, on one process m times as many.
@@ -116,6 +119,18 @@ class WorkerSecant(CompleteState):
         self.local_steps, self.past_rounds = local_steps, past_rounds
         self.solve = SecantSolve(form, descent, cutoff, damping, radius)
         self.report = StepReport()
+        self._checked = False
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """See `torch.optim.Optimizer.load_state_dict`; the slices of earlier rounds keep their dtype."""
+        state_dict = as_before(state_dict)
+        kept = [state.pop("rounds") for state in state_dict["state"].values() if "rounds" in state]
+        super().load_state_dict(state_dict)  # which casts tensors to the dtype of the first parameter
+        if kept:
+            device = first_parameter(self).device
+            self._memory["rounds"] = [
+                [[x.to(device, copy=True) for x in pair] for pair in slices] for slices in kept[0]
+            ]
 
     @property
     def calls_per_step(self) -> int:
@@ -126,20 +141,36 @@ class WorkerSecant(CompleteState):
     def step(self, closure: Closure | None = None) -> Any:
         """One round; returns the mean of the workers' losses at θ."""
         closure, pairs = needed(closure, self), trainable(self)
-        params = [p for p, _ in pairs]
+        params, memory = [p for p, _ in pairs], self._memory
+        self._check_same(params)
         self.report, self.workers.bytes_sent = StepReport(), 0
+        trained = self._places(params)
+        earlier = memory.get("rounds", []) if memory.get("trained", trained) == trained else []
         try:
             with all_or_nothing(params) as buffers:
-                rounds = self._round(closure, pairs, buffers)
+                rounds = self._round(closure, pairs, buffers, earlier)
         except StepFailedError as failure:
             self.report.status = f"rejected: {failure}"
         else:
-            self._memory.update(rounds=rounds, trained=self._places(params))
+            memory.update(rounds=rounds, trained=trained)
             self.report.accepted, self.report.step_length = True, 1.0
         self.report.bytes_communicated = self.workers.bytes_sent
         return torch.tensor(self.report.loss, dtype=torch.float64)
 
-    def _round(self, closure: Closure, pairs: Pairs, buffers: BufferSnapshot) -> list[list[list[Tensor]]]:
+    def _check_same(self, params: list[Tensor]) -> None:
+        """At the first step: all workers start at the same parameters."""
+        if not self._checked:
+            own = torch.tensor(fingerprint(params), dtype=torch.float64, device=params[0].device)
+            told = self.workers.gather([own for _ in self.workers.local])
+            other = next((i for i, found in enumerate(told) if not torch.equal(found, told[0])), None)
+            if other is not None:
+                raise ValueError(
+                    f"process_group: the parameters of rank {other} are not those of rank 0: build the model with the "
+                    "same seed, or load the same checkpoint."
+                )
+        self._checked = True
+
+    def _round(self, closure: Closure, pairs: Pairs, buffers: BufferSnapshot, earlier: Rounds) -> Rounds:
         """Local steps of this process's workers, the exchange, the step; the points and gradients to remember."""
         params, workers, report = [p for p, _ in pairs], self.workers, self.report
         start, runs = vectors.clone(params), []
@@ -157,8 +188,6 @@ class WorkerSecant(CompleteState):
             workers.to_slices(torch.stack(rows)) for rows in ([r.point for r in runs], [r.gradient for r in runs])
         ]
         current = [[points[good], gradients[good]] for points, gradients in zip(*exchanged, strict=True)]
-        places = self._places(params)
-        earlier = self._memory.get("rounds", []) if self._memory.get("trained", places) == places else []
         slices = [
             Slice.of(now[0], now[1], rate, [past[i] for past in earlier])
             for i, (now, rate) in enumerate(zip(current, workers.own_slices(_rest_rates(pairs)), strict=True))

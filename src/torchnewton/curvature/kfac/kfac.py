@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from torchnewton.curvature.kfac.blocks import Block, KroneckerBlocks
+from torchnewton.curvature.kfac.joining import joined
 from torchnewton.curvature.kfac.spectra import Eigenpairs, KroneckerInverse
 from torchnewton.curvature.kfac.statistics import Sharing, Statistics
 from torchnewton.curvature.shared import Shared
@@ -132,11 +133,9 @@ class KFAC:
         self._params = tape.params
         due = self.is_due
         if due:
-            tape.require_split()
             fresh = self._statistics.blocks(tape, self._generator, shared)
             if shared is not None:
-                lefts, rights = shared.factors([block.left for block in fresh], [block.right for block in fresh])
-                fresh = [Block(b.positions, *pair) for b, *pair in zip(fresh, lefts, rights, strict=True)]
+                fresh = joined(fresh, tape.params, shared)
             if all(block.is_finite() for block in fresh):
                 self._average(fresh)
                 self._num_statistics += 1

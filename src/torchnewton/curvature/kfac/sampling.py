@@ -7,10 +7,10 @@ import math
 import torch
 from torch import Tensor
 
-from torchnewton.curvature.groups import output_groups
+from torchnewton.curvature.groups import form_of_outputs, output_groups
 from torchnewton.curvature.output_root import output_root
 from torchnewton.curvature.shared import Rows, Shared, rows_of
-from torchnewton.record import NotPerSampleError, Tape, Term
+from torchnewton.record import NotPerSampleError, RecordError, Tape, Term
 
 _PROBES = 10  # for a B that has no root by samples
 
@@ -27,12 +27,21 @@ def sampled_cotangents(tape: Tape, generator: torch.Generator, shared: Shared | 
     - where B mixes samples or is indefinite: R = (diag B)^½, negative entries set to 0, from 10 products with B.
 
     Several processes (`shared`, with generators in the same state) find the form together, and draw the numbers that
-    one with all samples would draw.
+    one with all samples would draw. Where they have other outputs than others, or no samples, each goes its own way,
+    with numbers of its own; the generators are in the same state again afterwards.
 
     Cost: two products with B for the first two, M and 10 for the others, M the numbers a sample has in the outputs;
-    over several processes a short message for each term and two for each output.
+    over several processes a short message, one for each term and two for each output.
     """
     shared = shared or Shared()
+    forms = shared.told(form_of_outputs(tape, shared))
+    unsplit = [rank for rank, form in enumerate(forms) if not form[0]]
+    if unsplit:
+        tape.require_split()
+        raise RecordError(f"no split of the loss of rank {unsplit[0]} was found; its own output tells more.")
+    if any(form != forms[0] for form in forms):
+        seed = int(torch.randint(2**62, (), generator=generator)) + shared.rank
+        generator, shared = torch.Generator().manual_seed(seed), Shared()
     return [_of_term(tape, number, generator, shared) for number in range(len(tape.terms))]
 
 

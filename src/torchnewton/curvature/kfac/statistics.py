@@ -38,9 +38,14 @@ class Statistics:
     def blocks(self, tape: Tape, generator: torch.Generator, shared: Shared | None = None) -> list[Block]:
         """One sample of every block, of the samples of this process; `shared` as for `sampled_cotangents`.
 
+        Blocks differ from process to process where the closures do; without samples there are none.
+
         Cost: a backward pass without the parameters' share, and per layer K² multiplications for each of at most
         `max_samples` samples or `max_places` places, O² for every place.
         """
+        cotangents = sampled_cotangents(tape, generator, shared)
+        if shared is not None and not shared.has_samples:
+            return []
         layers, covered = explicit_layers(tape)
         live = {i for i, p in enumerate(tape.params) if p.requires_grad}
         layers = [layer for layer in layers if self._has_rule(layer)]
@@ -49,7 +54,7 @@ class Statistics:
         edges = [layer.call.edge for layer in layers]
         deltas: list[Tensor | None] = [None] * len(layers)
         gradients: list[Tensor | None] = [None] * len(rest)
-        for term, u in zip(tape.terms, sampled_cotangents(tape, generator, shared), strict=True):
+        for term, u in zip(tape.terms, cotangents, strict=True):
             found = grad(term.edges, [*edges, *(tape.params[p] for p in rest)], u)
             deltas = [_sum(a, b) for a, b in zip(deltas, found[: len(edges)], strict=True)]
             gradients = [_sum(a, b) for a, b in zip(gradients, found[len(edges) :], strict=True)]
