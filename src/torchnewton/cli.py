@@ -32,7 +32,7 @@ try:
     from torchnewton.train.prepare import LOSSES
     from torchnewton.train.ranks import RESTARTS, is_launched, launch
     from torchnewton.train.recipes import RECIPES, with_recipe
-    from torchnewton.train.runs import Settings, make_run, stored_settings, train_new, train_resumed
+    from torchnewton.train.runs import CAN_CHANGE, Settings, make_run, stored_settings, train_new, train_resumed
     from torchnewton.train.spectrum import CURVATURES, Question, look_at
     from torchnewton.train.spectrum_report import HEADERS as SPECTRUM_HEADERS
     from torchnewton.train.spectrum_report import how, write
@@ -94,16 +94,15 @@ def train_command(
     """Train a model. Without options: a small CNN on digits with Newton."""
     given = {n for n in context.params if (p := context.get_parameter_source(n)) and p.name == "COMMANDLINE"}
     if resume is not None:
-        for name in context.params:
-            if name in given and name not in ("resume", "epochs", "seconds", "until_loss"):
-                option = "C" if name == "c" else name.replace("_", "-")
-                raise UsageError(
-                    f"--{option} cannot change in a resumed run: only --epochs, --seconds and --until-loss can."
-                )
+        for name in given - {"resume", *CAN_CHANGE}:
+            can = ", ".join(f"--{name.replace('_', '-')}" for name in CAN_CHANGE)
+            option = "C" if name == "c" else name.replace("_", "-")
+            raise UsageError(f"--{option} cannot change in a resumed run: only {can} can.")
+        changes = {name: context.params[name] for name in given - {"resume"}}
         ranks = stored_settings(RunFolder(Path(resume)))[1].ranks
         if ranks > 1 and not is_launched():
             return launch(sys.argv[1:], ranks, RESTARTS)
-        return train_resumed(resume, epochs, seconds, until_loss, _console())
+        return train_resumed(resume, changes, _console())
     settings = Settings(
         data,
         data_dir,
@@ -230,6 +229,7 @@ def spectrum_command(
     iterations: Annotated[int, typer.Option(help="Lanczos iterations for each of them.")] = Question.iterations,
     double: Annotated[bool, typer.Option("--double", help="Compute in float64.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of the random vectors.")] = Question.seed,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 …", show_default="the run's")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder to write.", show_default="the run's, or runs/…")] = None,
     overwrite: Overwrite = False,
 ) -> int:
@@ -245,7 +245,7 @@ def spectrum_command(
             progress.update(task, description=label, completed=fraction)
 
         try:
-            points = look_at(runs, question, on_progress)
+            points = look_at(runs, question, on_progress, device)
         except KeyboardInterrupt:
             console.print("Interrupted: nothing was written.")
             return 130

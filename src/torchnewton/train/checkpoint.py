@@ -107,6 +107,10 @@ class RunFolder:
     def load(self, run: Run) -> None:
         """Puts `run` where the checkpoint was taken and drops metrics written after it."""
         self.load_state(run)
+        self.write_metrics(run)
+
+    def write_metrics(self, run: Run) -> None:
+        """Writes the evaluations so far, and nothing after them."""
         lines = "".join(to_json(asdict(record)) + "\n" for record in run.history)
         write_atomically(self.path / "metrics.jsonl", lambda p: p.write_text(lines))
 

@@ -89,6 +89,12 @@ def absolute(spec: str) -> str:
     return f"{name}:{Path(argument).resolve()}" if name in _FROM_FILE else spec
 
 
+def is_same_task(spec: str, other: str) -> bool:
+    """Whether they are the same but for the place of a file."""
+    kinds = {spec.partition(":")[0], other.partition(":")[0]}
+    return absolute(spec) == absolute(other) or (len(kinds) == 1 and kinds <= _FROM_FILE.keys())
+
+
 def _is_number(text: str) -> bool:
     try:
         float(text)
