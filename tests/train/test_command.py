@@ -2,11 +2,14 @@
 
 import json
 import math
+import sys
+from io import BytesIO, TextIOWrapper
 
 import pytest
 import torch
+from rich.table import Table
 
-from torchnewton.cli import run
+from torchnewton.cli import _console, _show, run
 from torchnewton.train import loop, runs
 from torchnewton.train.compare import Result
 from torchnewton.train.display import summary
@@ -35,6 +38,22 @@ REFUSED = {
     "rate": ([*SINE, "--lr", "1e308"], "--lr is 1e+308: it has to be a positive number, at most 1e+30"),
     "epochs": (["train", "--epochs", "1" + "0" * 400], "it has to be a positive number"),
     "ranks": ([*SINE, "--ranks", "100000"], "at most 1024"),
+    "no room": ([*SINE, "--model", "mlp:9999999-9999999"], "Memory is too small"),
+    "no sizes": ([*SINE, "--model", "mlp:99999999999999999999"], "write the hidden sizes as"),
+    "system folder": ([*SINE, "--out", "/proc/run"], "/proc/run cannot be written"),
+    "long name": ([*SINE, "--out", "x" * 999], "cannot be written: File name too long"),
+    "compare out": (["compare", "--out", "/proc/run"], "/proc/run cannot be written"),
+    "plan ranks": (["plan", "--ranks", "1e30"], "--ranks 1e30: give whole numbers from 1 to 1,000,000"),
+    "plan many ranks": (["plan", "--ranks", "1" * 30], "give whole numbers"),
+    "plan no rank": (["plan", "--ranks", "1,,2"], "--ranks 1,,2: give whole numbers"),
+    "plan latency": (["plan", "--latency", "inf"], "--latency inf: it is in µs, at most"),
+    "plan slow": (["plan", "--slow", "inf"], "--slow inf: give a number from 1"),
+    "plan threads": (["plan", "--threads", "0"], "--threads is 0"),
+    "plan flops": (["plan", "--flops", "1e-300"], "--flops 1e-300: give a positive number"),
+    "plan sizes": (["plan", "--model", "10-99999999999999999999-2"], "needs --data"),
+    "plan batch": (["plan", "--batch-size", str(10**15)], "Memory is too small"),
+    "plan ending": (["plan", "--out", "plan.txt"], "ends with .svg, .png, .pdf"),
+    "plan folder": (["plan", "--out", "nowhere/plan.svg"], "there is no folder nowhere"),
     "spectrum seed": (["spectrum", "run", "--seed", str(2**64)], "--seed is 18446744073709551616"),
 }
 
@@ -117,3 +136,52 @@ def test_one_epoch_is_no_plural():
     _, made = make_run(Settings(model="linear", method="sgd"))
     loop.train(made, loop.Budget(epochs=1))
     assert summary(made, "finished").title == "finished after 1 epoch"
+
+
+def test_ranks_of_a_plan_are_sorted_and_told_once(capsys):
+    assert (
+        run(["plan", "--model", "6-8-3", "--batch-size", "32", "--flops", "10", "--ranks", "8,1,8", "--out", "p.svg"])
+        == 0
+    )
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines if "fastest" in line] == ["1", "8"]
+
+
+@pytest.mark.parametrize("name", ["[red]λ:smile:", "x\udcff"])
+def test_any_name_is_printed_and_stored(name, tmp_path, monkeypatch):
+    (tmp_path / f"{name}.csv").write_text(TABLE)
+    data = ["--data", f"table:{name}.csv", "--model", "linear"]
+    folder, stream = f"{name}[/]run", TextIOWrapper(BytesIO(), encoding="ascii", errors="replace")
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", stream)
+        patch.setattr(sys, "argv", ["torchnewton", *data])
+        assert run(["train", *data, *SINE[5:], "--out", folder]) == 0
+        few = ["--methods", "sgd", "--seconds", "0.01", "--seeds", "1"]
+        assert run(["compare", *data, *few, "--out", "c" + folder]) == 0
+        assert run(["train", "--resume", folder, "--epochs", "2"]) == 0
+        assert run(["spectrum", folder]) == 0
+    stream.seek(0)
+    printed = stream.read()
+    for out in (folder, "c" + folder):
+        assert f"Saved in {out}".encode("ascii", "replace").decode() in printed
+    assert json.loads((tmp_path / folder / "config.json").read_text())["settings"]["data"].endswith(f"{name}.csv")
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_whole_files(tmp_path, capsys):
+    import resource
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, limits[1]))
+    try:
+        assert run([*SINE, "--out", "run"]) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "checkpoint.pt cannot be written: File too large" in capsys.readouterr().err
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["config.json", "metrics.jsonl"]
+
+
+def test_tables_are_as_wide_as_they_are(capsys):
+    table = Table(*("a column with a long name" for _ in range(9)))
+    table.add_row(*(9 * ["1.234e-05 ± 1.2e-06"]))
+    _show(_console(), table)
+    assert "…" not in capsys.readouterr().out

@@ -89,10 +89,21 @@ def absolute(spec: str) -> str:
     return f"{name}:{Path(argument).resolve()}" if name in _FROM_FILE else spec
 
 
+def short(spec: str) -> str:
+    """`spec` with the name of its file alone."""
+    name, _, argument = spec.partition(":")
+    return f"{name}:{_shown(Path(argument))}" if name in _FROM_FILE else spec
+
+
 def is_same_task(spec: str, other: str) -> bool:
     """Whether they are the same but for the place of a file."""
     kinds = {spec.partition(":")[0], other.partition(":")[0]}
     return absolute(spec) == absolute(other) or (len(kinds) == 1 and kinds <= _FROM_FILE.keys())
+
+
+def _shown(path: Path) -> str:
+    """The file's name as text that every picture can hold."""
+    return path.name.encode(errors="backslashreplace").decode()
 
 
 def _is_number(text: str) -> bool:
@@ -241,7 +252,7 @@ def _libsvm(path: Path) -> Dataset:
         raise UsageError(f"{path} has labels that are no whole numbers, so it is no classification task.")
     names, numbers = np.unique(labels, return_inverse=True)
     cut = len(y_train)
-    return _classes(path.name, x_train, numbers[:cut], x_test, numbers[cut:], len(names))
+    return _classes(_shown(path), x_train, numbers[:cut], x_test, numbers[cut:], len(names))
 
 
 def _table(path: Path) -> Dataset:
@@ -264,7 +275,7 @@ def _table(path: Path) -> Dataset:
     cut = round(0.9 * len(table))
     parts = [_float32(str(path), a) for a in _standardize(table[:cut], table[cut:])]
     (x_train, y_train), (x_test, y_test) = ((a[:, :-1].contiguous(), a[:, -1:].contiguous()) for a in parts)
-    return Dataset(path.name.split(".")[0], "regression", x_train, y_train, x_test, y_test)
+    return Dataset(_shown(path).split(".")[0], "regression", x_train, y_train, x_test, y_test)
 
 
 def _text(path: Path) -> Dataset:
@@ -276,7 +287,7 @@ def _text(path: Path) -> Dataset:
     vocabulary, numbers = np.unique(list(characters), return_inverse=True)
     cut = len(numbers) * 9 // 10
     (x_train, y_train), (x_test, y_test) = (_windows(part) for part in (numbers[:cut], numbers[cut:]))
-    return Dataset(path.stem, "text", x_train, y_train, x_test, y_test, len(vocabulary))
+    return Dataset(_shown(path.with_suffix("")), "text", x_train, y_train, x_test, y_test, len(vocabulary))
 
 
 def _windows(numbers: Array) -> tuple[Tensor, Tensor]:

@@ -107,7 +107,7 @@ class Display:
 
     def _print(self, cells: tuple[str, ...], style: str | None = None) -> None:
         line = " ".join(cell.rjust(width) for cell, width in zip(cells, self.WIDTHS, strict=True))
-        self.console.print(line, style=style, highlight=False, soft_wrap=True)
+        self.console.print(line, style=style, soft_wrap=True)
 
 
 def summary(run: Run, status: str) -> Table:

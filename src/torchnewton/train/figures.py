@@ -133,7 +133,7 @@ def comparison_png(title: str, metric: str, curves: Sequence[Curves], floor: flo
             _draw(axes, panel, curves, floor)
         handles, labels = figure.axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=12)
-        figure.suptitle(title, x=0.01, ha="left", fontsize=14, fontweight="bold")
+        figure.suptitle(title, x=0.01, ha="left", fontsize=14, fontweight="bold", parse_math=False)
         figure.savefig(path, format="png", dpi=130)
 
 

@@ -15,6 +15,7 @@ from typing import Any, get_type_hints
 
 import torch
 from rich.console import Console
+from rich.text import Text
 
 from torchnewton.distributed import Diagonalized, Quorum
 from torchnewton.optim import Newton
@@ -176,8 +177,8 @@ def train_new(settings: Settings, out: str | None, overwrite: bool, console: Con
     """Runs `settings` in a new folder, made after all is checked; returns the exit code."""
     if out is not None and is_restarted() and (Path(out) / "checkpoint.pt").is_file():
         return train_resumed(out, {}, console)
-    if out is not None and not is_launched():
-        check_free(Path(out), overwrite)
+    if not is_launched():
+        check_free(Path(out or "runs"), overwrite or out is None)
     full, run = make_run(settings)
     if run.ranks.rank > 0:
         return _train_in(Nowhere(Path()), full, run, Console(quiet=True))
@@ -236,7 +237,7 @@ def stored_settings(folder: RunFolder) -> tuple[dict[str, Any], Settings]:
 
 def _train_in(folder: RunFolder, settings: Settings, run: Run, console: Console) -> int:
     """Trains with a display, saving at every evaluation and at the end."""
-    console.print(_headline(settings, run), highlight=False, soft_wrap=True)
+    console.print(_headline(settings, run), soft_wrap=True)
     with _interruptible() as interrupted, Display(console, run, settings.budget) as display:
 
         def on_step(run: Run) -> bool:
@@ -261,21 +262,22 @@ def _train_in(folder: RunFolder, settings: Settings, run: Run, console: Console)
     console.print(summary(run, status))
     if settings.until_loss is not None and status == "finished":
         missed = f"The training loss did not reach {settings.until_loss:g}: give more --epochs or --seconds."
-        console.print(missed, highlight=False, soft_wrap=True)
+        console.print(missed, soft_wrap=True)
     files = (*folder.FILES, folder.BEST) if run.best else folder.FILES
     console.print(f"Saved in {folder.path}: {', '.join(files)}", soft_wrap=True)
     return 1 if status == "diverged" else 0
 
 
-def _headline(settings: Settings, run: Run) -> str:
+def _headline(settings: Settings, run: Run) -> Text:
     lr = f", lr {settings.lr:g}" if settings.lr else ""
     if settings.subset:
         lr += f", curvature of {settings.subset:.3g} of them"
     parameters = sum(p.numel() for p in run.model.parameters())
     spread = f", {run.ranks.size} ranks" if run.ranks.size > 1 else ""
-    return (
-        f"[bold]{settings.method}[/] on {run.data.name}: {settings.model} with {parameters:,} parameters, "
-        f"{len(run.data.x_train):,} training samples, batch {settings.batch_size}{lr}{spread}, seed {settings.seed}"
+    return Text.assemble(
+        (settings.method, "bold"),
+        f" on {run.data.name}: {settings.model} with {parameters:,} parameters, "
+        f"{len(run.data.x_train):,} training samples, batch {settings.batch_size}{lr}{spread}, seed {settings.seed}",
     )
 
 

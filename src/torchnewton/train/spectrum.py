@@ -64,7 +64,8 @@ class EndPoint:
 
     def setting(self, name: str) -> str:
         """One of the settings, in words."""
-        return str(getattr(self.settings, name))
+        value = str(getattr(self.settings, name))
+        return tasks.short(value) if name == "data" else value
 
     @property
     def largest(self) -> float:
@@ -162,7 +163,7 @@ def groups(points: Sequence[EndPoint]) -> dict[str, list[EndPoint]]:
         found.setdefault(", ".join(point.setting(name) for name in names), []).append(point)
     if all(_differ_by_seed([p.settings for p in group]) for group in found.values()):
         return found
-    return {str(point.folder): [point] for point in points}
+    return {str(point.folder).encode(errors="backslashreplace").decode(): [point] for point in points}
 
 
 def _differ_by_seed(settings: Sequence[Settings]) -> bool:

@@ -70,7 +70,7 @@ def _panel(axes: Any, label: str, group: Sequence[EndPoint], one: float) -> None
         axes.plot(x, torch.maximum(y, floor).numpy(), color=colour, linewidth=1.3, alpha=alpha)
         ends = torch.cat([p.spectrum.largest.values, p.spectrum.smallest.values])
         axes.plot(ends.numpy(), [0.36 * one] * len(ends), "|", color=colour, ms=9, mew=1.1, alpha=alpha)
-    axes.set_title(label, color=colour)
+    axes.set_title(label, color=colour, parse_math=False)
     axes.annotate(_notes(group), (0.98, 0.97), xycoords="axes fraction", va="top", ha="right", **_TEXT)
 
 
