@@ -32,9 +32,17 @@ try:
     from torchnewton.train.plan_report import Request, check_picture, draw_plan, predict
     from torchnewton.train.plan_report import rows as plan_rows
     from torchnewton.train.prepare import LOSSES
-    from torchnewton.train.ranks import RESTARTS, is_launched, launch
+    from torchnewton.train.ranks import RESTARTS, check_ranks, has_ended, is_launched, launch, leave
     from torchnewton.train.recipes import RECIPES, with_recipe
-    from torchnewton.train.runs import CAN_CHANGE, Settings, make_run, stored_settings, train_new, train_resumed
+    from torchnewton.train.runs import (
+        CAN_CHANGE,
+        Settings,
+        make_run,
+        resumed,
+        stored_settings,
+        train_new,
+        train_resumed,
+    )
     from torchnewton.train.spectrum import CURVATURES, Question, look_at
     from torchnewton.train.spectrum_report import HEADERS as SPECTRUM_HEADERS
     from torchnewton.train.spectrum_report import how, write
@@ -43,6 +51,8 @@ except ModuleNotFoundError as error:
     if error.name not in EXTRA:
         raise
     sys.exit(f"The command line needs {error.name}: pip install 'torchnewton[cli]'")
+except KeyboardInterrupt:
+    sys.exit(130)
 
 app = typer.Typer(
     help="Newton-type training for PyTorch.",
@@ -103,6 +113,8 @@ def train_command(
         changes = {name: context.params[name] for name in given - {"resume"}}
         ranks = stored_settings(RunFolder(Path(resume)))[1].ranks
         if ranks > 1 and not is_launched():
+            _, settings, resumed_run = resumed(RunFolder(Path(resume)), changes)
+            check_ranks(settings.device, resumed_run.optimizer, settings.method)
             return launch(sys.argv[1:], ranks, RESTARTS)
         return train_resumed(resume, changes, _console())
     settings = Settings(
@@ -131,8 +143,8 @@ def train_command(
     if recipe is not None:
         settings = with_recipe(recipe, settings, given)
     if ranks > 1 and not is_launched():
-        if out is not None:
-            check_free(Path(out), overwrite)
+        check_free(Path(out or "runs"), overwrite or out is None)
+        check_ranks(settings.device, make_run(settings)[1].optimizer, settings.method)
         return launch(sys.argv[1:], ranks, RESTARTS if out is not None else 0)
     return train_new(settings, out, overwrite, _console())
 
@@ -320,11 +332,15 @@ def run(arguments: list[str]) -> int:
     except TyperException as error:
         message = error.format_message()
     except (MemoryError, RuntimeError) as error:
+        if has_ended():
+            return 0
         if not is_out_of_memory(error):
             raise
         message = "Memory is too small for this model and batch: choose smaller ones, for example by --batch-size."
     else:
-        return code or 0
+        return 0 if code and leave(code) else code or 0
+    if leave(2, message):
+        return 0
     print(message, file=sys.stderr)
     return 2
 

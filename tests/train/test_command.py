@@ -2,17 +2,25 @@
 
 import json
 import math
+import os
+import signal
 import sys
+from contextlib import nullcontext
 from io import BytesIO, TextIOWrapper
+from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 from rich.table import Table
+from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from torchnewton.cli import _console, _show, run
-from torchnewton.train import loop, runs
+from torchnewton.train import loop, ranks, runs
 from torchnewton.train.compare import Result
 from torchnewton.train.display import summary
+from torchnewton.train.errors import UsageError
 from torchnewton.train.runs import Settings, make_run
 
 SINE = ["train", "--data", "sine", "--model", "mlp:4", "--method", "sgd", "--epochs", "1"]
@@ -178,6 +186,53 @@ def test_a_full_disk_is_one_sentence_and_leaves_whole_files(tmp_path, capsys):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert "checkpoint.pt cannot be written: File too large" in capsys.readouterr().err
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["config.json", "metrics.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--data", "table:nowhere"], "no file nowhere"),
+        (["--method", "adam"], "--ranks is for Newton's methods"),
+        (["--out", "/proc/run"], "cannot be written"),
+    ],
+)
+def test_what_every_rank_would_refuse_is_refused_once(options, sentence, capsys):
+    assert run(["train", "--ranks", "2", *options]) == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_the_first_rank_that_ends_tells_how(tmp_path, monkeypatch, capsys):
+    """torchrun is told that all is well, so that it does not start anew what ends in the same way."""
+    monkeypatch.setenv(ranks.ENDING, str(tmp_path / "ending"))
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    assert run(["train", "--device", "cuda"]) == 0
+    assert ranks.leave(1)
+    assert ranks.has_ended()
+    assert (tmp_path / "ending").read_text().startswith("2\n--device cuda is for one process")
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("ending", "error", "code"),
+    [
+        (None, None, 0),
+        ("1\n", None, 1),
+        ("2\na sentence", ChildFailedError("", {1: Mock(timestamp=0)}), "a sentence"),
+        (None, ChildFailedError("", {1: Mock(timestamp=0)}), "Rank 1 has failed"),
+        (None, SignalException("", signal.SIGINT), 130),
+    ],
+)
+def test_the_launcher_ends_as_the_ranks_do(ending, error, code, monkeypatch):
+    def work(*arguments):
+        if ending:
+            Path(os.environ[ranks.ENDING]).write_text(ending)
+        if error:
+            raise error
+
+    monkeypatch.setenv(ranks.ENDING, "")
+    monkeypatch.setattr(ranks, "elastic_launch", lambda config, command: work)
+    with pytest.raises(UsageError, match=code) if isinstance(code, str) else nullcontext():
+        assert ranks.launch(["train"], 2, 0) == code
 
 
 def test_tables_are_as_wide_as_they_are(capsys):
