@@ -108,6 +108,9 @@ def test_a_run_goes_on_where_its_data_and_device_are_now(trained, tmp_path):
     (trained / "config.json").write_text(json.dumps(config))
     assert run(["spectrum", "run"]) == 2
     assert run(["spectrum", "run", "--device", "cpu"]) == 0
+    picture = (trained / "spectrum.svg").read_text()
+    assert "table:moved.csv" in picture
+    assert str(tmp_path) not in picture
 
 
 @pytest.mark.parametrize(

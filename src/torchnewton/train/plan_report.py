@@ -17,7 +17,7 @@ from torchnewton.train.data import load
 from torchnewton.train.display import duration
 from torchnewton.train.errors import UsageError
 from torchnewton.train.exchanges import Network, Step
-from torchnewton.train.figures import STYLE
+from torchnewton.train.figures import STYLE, wrapped
 from torchnewton.train.plan import Row, is_sizes, planner
 from torchnewton.train.runs import MOST
 
@@ -162,6 +162,6 @@ def draw_plan(found: Sequence[Row], title: str, path: Path) -> None:
             axes.xaxis.set_minor_locator(NullLocator())
         axes.set_xlabel("ranks")
         axes.set_ylabel("seconds a step (dashed: computing)")
-        axes.set_title(title, fontsize=10, parse_math=False)
+        axes.set_title(wrapped(title, 7.5), fontsize=10, parse_math=False)
         axes.legend(frameon=False)
         write_atomically(path, lambda p: figure.savefig(p, format=path.suffix[1:]))

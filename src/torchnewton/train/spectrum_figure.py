@@ -16,7 +16,7 @@ from matplotlib.ticker import NullLocator
 from torchnewton.analysis.spectral import FLAT
 from torchnewton.analysis.spectral import FLAT_NAME as NAME
 from torchnewton.train.display import number
-from torchnewton.train.figures import COLOURS, STYLE
+from torchnewton.train.figures import COLOURS, STYLE, wrapped
 from torchnewton.train.spectrum import EndPoint
 
 WIDTH = 0.1  # of the kernel, in decades
@@ -47,7 +47,9 @@ def draw(title: str, groups: Mapping[str, Sequence[EndPoint]], form: str, path: 
             va="top",
             **_TEXT,
         )
-        figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold")
+        figure.suptitle(
+            wrapped(title, figure.get_figwidth()), x=0.01, ha="left", fontsize=13, fontweight="bold", parse_math=False
+        )
         panels[0].set_ylabel("share of eigenvalues per decade")
         panels[0].set_ylim(bottom=0.25 * one, top=30)
         figure.supxlabel("eigenvalue λ", fontsize=11)
