@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 import warnings
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +15,7 @@ try:
     import typer
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
+    from rich.markup import escape
     from rich.progress import Progress
     from rich.table import Table
     from typer.exceptions import TyperException
@@ -22,17 +24,25 @@ try:
     from torchnewton.train.checkpoint import RunFolder, check_free, free_name, new_folder
     from torchnewton.train.compare import HEADERS, compare, rows
     from torchnewton.train.data import NAMES as DATA
-    from torchnewton.train.errors import UsageError
+    from torchnewton.train.errors import UsageError, is_out_of_memory
     from torchnewton.train.methods import NAMES as METHODS
     from torchnewton.train.models import NAMES as MODELS
     from torchnewton.train.page import FILES, title, write_page
     from torchnewton.train.plan_report import HEADERS as PLAN_HEADERS
-    from torchnewton.train.plan_report import Request, draw_plan, predict
+    from torchnewton.train.plan_report import Request, check_picture, draw_plan, predict
     from torchnewton.train.plan_report import rows as plan_rows
     from torchnewton.train.prepare import LOSSES
-    from torchnewton.train.ranks import RESTARTS, is_launched, launch
+    from torchnewton.train.ranks import RESTARTS, check_ranks, has_ended, is_launched, launch, leave
     from torchnewton.train.recipes import RECIPES, with_recipe
-    from torchnewton.train.runs import Settings, make_run, stored_settings, train_new, train_resumed
+    from torchnewton.train.runs import (
+        CAN_CHANGE,
+        Settings,
+        make_run,
+        resumed,
+        stored_settings,
+        train_new,
+        train_resumed,
+    )
     from torchnewton.train.spectrum import CURVATURES, Question, look_at
     from torchnewton.train.spectrum_report import HEADERS as SPECTRUM_HEADERS
     from torchnewton.train.spectrum_report import how, write
@@ -41,6 +51,8 @@ except ModuleNotFoundError as error:
     if error.name not in EXTRA:
         raise
     sys.exit(f"The command line needs {error.name}: pip install 'torchnewton[cli]'")
+except KeyboardInterrupt:
+    sys.exit(130)
 
 app = typer.Typer(
     help="Newton-type training for PyTorch.",
@@ -94,16 +106,17 @@ def train_command(
     """Train a model. Without options: a small CNN on digits with Newton."""
     given = {n for n in context.params if (p := context.get_parameter_source(n)) and p.name == "COMMANDLINE"}
     if resume is not None:
-        for name in context.params:
-            if name in given and name not in ("resume", "epochs", "seconds", "until_loss"):
-                option = "C" if name == "c" else name.replace("_", "-")
-                raise UsageError(
-                    f"--{option} cannot change in a resumed run: only --epochs, --seconds and --until-loss can."
-                )
+        for name in given - {"resume", *CAN_CHANGE}:
+            can = ", ".join(f"--{name.replace('_', '-')}" for name in CAN_CHANGE)
+            option = "C" if name == "c" else name.replace("_", "-")
+            raise UsageError(f"--{option} cannot change in a resumed run: only {can} can.")
+        changes = {name: context.params[name] for name in given - {"resume"}}
         ranks = stored_settings(RunFolder(Path(resume)))[1].ranks
         if ranks > 1 and not is_launched():
+            _, settings, resumed_run = resumed(RunFolder(Path(resume)), changes)
+            check_ranks(settings.device, resumed_run.optimizer, settings.method)
             return launch(sys.argv[1:], ranks, RESTARTS)
-        return train_resumed(resume, epochs, seconds, until_loss, _console())
+        return train_resumed(resume, changes, _console())
     settings = Settings(
         data,
         data_dir,
@@ -130,8 +143,8 @@ def train_command(
     if recipe is not None:
         settings = with_recipe(recipe, settings, given)
     if ranks > 1 and not is_launched():
-        if out is not None:
-            check_free(Path(out), overwrite)
+        check_free(Path(out or "runs"), overwrite or out is None)
+        check_ranks(settings.device, make_run(settings)[1].optimizer, settings.method)
         return launch(sys.argv[1:], ranks, RESTARTS if out is not None else 0)
     return train_new(settings, out, overwrite, _console())
 
@@ -153,8 +166,7 @@ def compare_command(
     overwrite: Overwrite = False,
 ) -> int:
     """Compare methods on one task with equal time, first-order ones over five rates."""
-    if out is not None:
-        check_free(Path(out), overwrite)
+    check_free(Path(out or "runs"), overwrite or out is None)
     settings = Settings(
         data,
         data_dir,
@@ -170,7 +182,7 @@ def compare_command(
         task = progress.add_task("", total=1.0)
 
         def on_run(label: str, fraction: float) -> None:
-            progress.update(task, description=label, completed=fraction)
+            progress.update(task, description=escape(label), completed=fraction)
 
         names = [name.strip() for name in methods.split(",") if name.strip()]
         command = "torchnewton " + shlex.join(sys.argv[1:])
@@ -187,7 +199,7 @@ def compare_command(
         table.add_column(header, justify="left" if header == "method" else "right", no_wrap=True)
     for row in rows(comparison):
         table.add_row(*row)
-    console.print(table)
+    _show(console, table)
     console.print(f"Saved in {folder}: {', '.join(FILES)}", soft_wrap=True)
     return 0
 
@@ -216,7 +228,7 @@ def check_command(
     for row in check(run):
         failed += row.passed is False
         table.add_row(row.name, row.value, {True: "pass", False: "FAIL", None: ""}[row.passed])
-    console.print(table)
+    _show(console, table)
     console.print(f"Checks that failed: {failed}." if failed else "All checks passed.")
     return 1 if failed else 0
 
@@ -230,22 +242,22 @@ def spectrum_command(
     iterations: Annotated[int, typer.Option(help="Lanczos iterations for each of them.")] = Question.iterations,
     double: Annotated[bool, typer.Option("--double", help="Compute in float64.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of the random vectors.")] = Question.seed,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 …", show_default="the run's")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder to write.", show_default="the run's, or runs/…")] = None,
     overwrite: Overwrite = False,
 ) -> int:
     """Eigenvalues of the curvature at the end of saved runs: flat or sharp? Several runs stand side by side."""
     question = Question(curvature, samples, probes, iterations, double, seed)
-    if out is not None:
-        check_free(out, overwrite)
+    check_free(out or (runs[0] if len(runs) == 1 else Path("runs")), overwrite or out is None)
     console = _console()
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("", total=1.0)
 
         def on_progress(label: str, fraction: float) -> None:
-            progress.update(task, description=label, completed=fraction)
+            progress.update(task, description=escape(label), completed=fraction)
 
         try:
-            points = look_at(runs, question, on_progress)
+            points = look_at(runs, question, on_progress, device)
         except KeyboardInterrupt:
             console.print("Interrupted: nothing was written.")
             return 130
@@ -259,8 +271,8 @@ def spectrum_command(
     for row in spectrum_rows(points):
         table.add_row(*row)
     for line in how(points, question):
-        console.print(line, highlight=False, soft_wrap=True)
-    console.print(table)
+        console.print(line, soft_wrap=True)
+    _show(console, table)
     console.print(f"Saved in {folder}: {', '.join(RunFolder.SPECTRUM_FILES)}", soft_wrap=True)
     return 0
 
@@ -283,6 +295,8 @@ def plan_command(
     out: Annotated[Path | None, typer.Option(help="Picture to write, .svg, .png or .pdf.", show_default="none")] = None,
 ) -> int:
     """Predict seconds, bytes and messages of a Newton step on many ranks, for each way to distribute it."""
+    if out is not None:
+        check_picture(out)
     request = Request(model, data, data_dir, batch_size, ranks, bandwidth, latency, flops, iterations, slow, threads)
     found = predict(request)
     console = _console()
@@ -291,7 +305,7 @@ def plan_command(
         table.add_column(header, justify="left" if header in ("mode", "") else "right", no_wrap=True)
     for row in plan_rows(found):
         table.add_row(*row)
-    console.print(table)
+    _show(console, table)
     if out is not None:
         draw_plan(found, request.title, out)
         console.print(f"Saved in {out}", soft_wrap=True)
@@ -299,8 +313,14 @@ def plan_command(
 
 
 def _console() -> Console:
-    """The terminal, or a file with lines of 100 characters."""
-    return Console(width=None if sys.stdout.isatty() else 100)
+    """The terminal, or a file with lines of 100 characters; paths may hold what is markup elsewhere."""
+    return Console(width=None if sys.stdout.isatty() else 100, markup=False, emoji=False, highlight=False)
+
+
+def _show(console: Console, table: Table) -> None:
+    """Prints a table as wide as it is, so that no digit is cut off."""
+    console.width = max(console.width, console.measure(table, options=console.options.update(width=10_000)).maximum)
+    console.print(table)
 
 
 def run(arguments: list[str]) -> int:
@@ -311,8 +331,16 @@ def run(arguments: list[str]) -> int:
         message = str(error)
     except TyperException as error:
         message = error.format_message()
+    except (MemoryError, RuntimeError) as error:
+        if has_ended():
+            return 0
+        if not is_out_of_memory(error):
+            raise
+        message = "Memory is too small for this model and batch: choose smaller ones, for example by --batch-size."
     else:
-        return code or 0
+        return 0 if code and leave(code) else code or 0
+    if leave(2, message):
+        return 0
     print(message, file=sys.stderr)
     return 2
 
@@ -321,4 +349,7 @@ def main() -> None:
     """The command `torchnewton`."""
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")
     sys.exit(run(sys.argv[1:]))

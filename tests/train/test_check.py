@@ -47,6 +47,14 @@ def test_a_closure_that_changes_fails():
     assert [row for row in found.values() if row.passed is False and "every call of the closure" in row.value]
 
 
+def test_a_gradient_of_zero_divides_nothing():
+    _, run = make_run(Settings(data="sine", model="linear", method="sgd"))
+    for parameter in run.model.parameters():
+        torch.nn.init.zeros_(parameter)
+    run.data.y_train.zero_()
+    assert not [row for row in check(run) if row.passed is False]
+
+
 def test_the_command_prints_a_table_and_its_exit_code(capsys, monkeypatch):
     arguments = ["check", "--data", "sine", "--model", "mlp:4", "--method", "sgd"]
     assert run_command(arguments) == 0

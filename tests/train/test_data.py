@@ -164,6 +164,23 @@ def test_libsvm_without_a_test_file_splits(tmp_path):
     assert (len(data.x_train), len(data.x_test)) == (8, 2)
 
 
+@pytest.mark.parametrize("scale", [1e300, 1e-300])
+@pytest.mark.parametrize("kind", ["table", "libsvm"])
+def test_columns_of_any_size_are_standardized_and_constant_ones_vanish(tmp_path, kind, scale):
+    x = np.random.default_rng(0).normal(0, scale, 40)
+    rows = [f"0.1 {v} {k}" if kind == "table" else f"{k % 2} 1:0.1 2:{v}" for k, v in enumerate(x)]
+    (tmp_path / "t").write_text("\n".join(rows))
+    data = load(f"{kind}:{tmp_path / 't'}", tmp_path)
+    assert not data.x_train[:, 0].any()
+    assert torch.allclose(data.x_train[:, 1].std(correction=0), torch.tensor(1.0))
+
+
+@pytest.mark.parametrize(("start", "delimiter"), [("\ufeff", ","), ("# a, b\n\n", " "), ("", ";"), ("# a\n", " ; ")])
+def test_tables_of_spreadsheets(tmp_path, start, delimiter):
+    (tmp_path / "t").write_text(start + "".join(f"{k}{delimiter}{k * k}\n" for k in range(20)), encoding="utf-8")
+    assert load(f"table:{tmp_path / 't'}", tmp_path).x_train.shape == (18, 1)
+
+
 @pytest.mark.parametrize(("delimiter", "name"), [(" ", "t.txt"), (",", "t.csv"), ("\t", "t.txt.gz"), (",", "t.gz")])
 def test_table_is_standardized_with_training_statistics(tmp_path, delimiter, name):
     rows = np.random.default_rng(0).normal(5, 3, (40, 4))
@@ -192,6 +209,13 @@ def test_text_predicts_the_next_character(tmp_path):
 
 BROKEN = {
     "letters": ("table", b"a b c\n" * 20),
+    "header": ("table", b"a,b\n" + b"1,2\n" * 20),
+    "nan value": ("libsvm", b"0 1:nan\n1 1:2\n" * 9),
+    "inf value": ("libsvm", b"0 1:inf\n1 1:2\n" * 9),
+    "inf label": ("libsvm", b"0 1:1\ninf 1:2\n" * 9),
+    "no row": ("libsvm", b""),
+    "one row": ("libsvm", b"1 1:1\n"),
+    "wide": ("libsvm", b"0 1:1\n1 900000000:1\n"),
     "short": ("table", b"1 2\n" * 3),
     "ragged": ("table", b"1 2\n" * 20 + b"1\n"),
     "nan": ("table", b"1 nan\n" * 20),
@@ -211,6 +235,21 @@ def test_a_broken_file_is_one_sentence_with_its_name(tmp_path, name):
         load(f"{kind}:{tmp_path / name}", tmp_path)
     assert str(error.value).endswith(".")
     assert "\n" not in str(error.value)
+
+
+def test_a_broken_file_is_told_what_is_wrong(tmp_path):
+    (tmp_path / "svm").write_text("0 1:1\n1 1:2\n")
+    (tmp_path / "svm.t").write_text("")
+    (tmp_path / "table").write_text("a,b\n" + "1,2\n" * 20)
+    for spec, message in (("libsvm:svm", "svm.t has no rows"), ("table:table", "remove the header")):
+        kind, name = spec.split(":")
+        with pytest.raises(UsageError, match=message):
+            load(f"{kind}:{tmp_path / name}", tmp_path)
+    write_mnist(tmp_path, test=0)
+    with pytest.raises(UsageError, match="7 training and 0 test samples"):
+        load("mnist", tmp_path)
+    with pytest.raises(UsageError, match="too fast for float32"):
+        load("sine:1e40", tmp_path)
 
 
 def test_missing_standard_files_say_what_to_put_where(tmp_path):

@@ -197,4 +197,4 @@ def test_free_names_count_up(tmp_path, monkeypatch):
 
 
 def test_json_has_null_for_what_is_not_finite():
-    assert to_json({"a": [math.nan, (math.inf, 1.5)], "b": "λ"}) == '{"a": [null, [null, 1.5]], "b": "λ"}'
+    assert to_json({"a": [math.nan, (math.inf, 1.5)], "b": "λ"}) == '{"a": [null, [null, 1.5]], "b": "\\u03bb"}'

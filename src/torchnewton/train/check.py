@@ -104,7 +104,7 @@ def _slopes(subject: Subject) -> Iterator[Row]:
     """gᵀv by every backend."""
     v = subject.directions[0]
     found = {name: backend.slope(subject.closure, subject.params, v) for name, backend in _reset(_BACKENDS)}
-    scale = vectors.norm(_recorded(subject).gradient) * vectors.norm(v)
+    scale = vectors.norm(_recorded(subject).gradient) * vectors.norm(v) or 1.0  # the gradient may be 0
     for name in ("complex step", "difference"):
         error = abs(found[name] - found["autograd"]) / scale
         yield _compared(f"gᵀv: {name} and autograd", error, EXACT if name == "complex step" else DIFFERENCE)
@@ -123,7 +123,8 @@ def _products(subject: Subject) -> Iterator[Row]:
         yield _compared(name, error, DIFFERENCE)
     H = Hessian(_recorded(subject))
     asymmetry = abs(vectors.dot(u, found["autograd"]) - vectors.dot(v, H @ u))
-    yield _compared("H is symmetric", asymmetry / (vectors.norm(u) * vectors.norm(found["autograd"])), EXACT)
+    scale = vectors.norm(u) * vectors.norm(found["autograd"]) or 1.0
+    yield _compared("H is symmetric", asymmetry / scale, EXACT)
 
 
 def _has_kinks(subject: Subject, v: Vector, difference: Vector) -> bool:
@@ -142,7 +143,7 @@ def _gauss_newton(subject: Subject) -> Iterator[Row]:
     yield _compared("Gv: layer factors and autograd", _gap(explicit, products[0]), EXACT)
     u, v = subject.directions[:2]
     asymmetry = abs(vectors.dot(u, products[1]) - vectors.dot(v, products[0]))
-    yield _compared("G is symmetric", asymmetry / (vectors.norm(u) * vectors.norm(products[1])), EXACT)
+    yield _compared("G is symmetric", asymmetry / (vectors.norm(u) * vectors.norm(products[1]) or 1.0), EXACT)
     quotients = [vectors.dot(v, y) / vectors.dot(v, v) for v, y in zip(subject.directions, products, strict=True)]
     scale = max(abs(q) for q in quotients)
     yield Row("G is positive semidefinite", f"least vᵀGv/vᵀv {min(quotients):.2e}", min(quotients) >= -EXACT * scale)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from torchnewton.train.data import Dataset
-from torchnewton.train.display import metric, number
+from torchnewton.train.display import best_metric, metric, number
 from torchnewton.train.errors import UsageError, choose
 from torchnewton.train.loop import Budget, Record, train, train_step
 from torchnewton.train.methods import METHODS, NAMES
@@ -36,8 +36,7 @@ class Result:
 
     def best(self) -> float:
         """The best test metric on the way."""
-        finite = [r for r in self.history if r.is_finite()]
-        return (min if self.last.test_accuracy is None else max)(r.metric for r in finite)
+        return best_metric(self.history, "mse" if self.last.test_accuracy is None else "accuracy")
 
     def seconds_to(self, target: float) -> float | None:
         """CPU seconds of training until the test metric first reaches `target`."""

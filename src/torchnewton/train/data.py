@@ -20,6 +20,7 @@ from torchnewton.train.errors import UsageError
 
 SPLIT_SEED = 0  # splits and noise belong to the task, not to the run's seed
 WINDOW = 64  # characters a text model sees
+MAX_ENTRIES = 2**30  # of a table: 8 GB while it is read
 
 Array = NDArray[Any]
 
@@ -70,7 +71,7 @@ def load(spec: str, data_dir: Path) -> Dataset:
     name, _, argument = spec.partition(":")
     if spec == "cifar10-npz":  # its name when it read nothing else
         name = "cifar10"
-    if name == "sine" and (not argument or _is_positive(argument)):
+    if name == "sine" and (not argument or (_is_number(argument) and 0 < float(argument) < math.inf)):
         return _sine(float(argument or 10))
     if name in _FROM_FILE and argument:
         path = Path(argument)
@@ -88,11 +89,29 @@ def absolute(spec: str) -> str:
     return f"{name}:{Path(argument).resolve()}" if name in _FROM_FILE else spec
 
 
-def _is_positive(text: str) -> bool:
+def short(spec: str) -> str:
+    """`spec` with the name of its file alone."""
+    name, _, argument = spec.partition(":")
+    return f"{name}:{_shown(Path(argument))}" if name in _FROM_FILE else spec
+
+
+def is_same_task(spec: str, other: str) -> bool:
+    """Whether they are the same but for the place of a file."""
+    kinds = {spec.partition(":")[0], other.partition(":")[0]}
+    return absolute(spec) == absolute(other) or (len(kinds) == 1 and kinds <= _FROM_FILE.keys())
+
+
+def _shown(path: Path) -> str:
+    """The file's name as text that every picture can hold."""
+    return path.name.encode(errors="backslashreplace").decode()
+
+
+def _is_number(text: str) -> bool:
     try:
-        return 0 < float(text) < math.inf
+        float(text)
     except ValueError:
         return False
+    return True
 
 
 @contextmanager
@@ -109,16 +128,30 @@ def _reading(path: Path, form: str) -> Iterator[None]:
 
 def _classes(name: str, x_train: Array, y_train: Array, x_test: Array, y_test: Array, k: int = 10) -> Dataset:
     """A classification task from arrays; images come as `(N, C, H, W)`."""
-    x = [torch.from_numpy(np.ascontiguousarray(a, np.float32)) for a in (x_train, x_test)]
+    if not (len(x_train) and len(x_test)):
+        raise UsageError(f"{name} has {len(x_train)} training and {len(x_test)} test samples: both need at least one.")
+    x = [_float32(name, a) for a in (x_train, x_test)]
     y = [torch.from_numpy(np.ascontiguousarray(a, np.int64)) for a in (y_train, y_test)]
     return Dataset(name, "classification", x[0], y[0], x[1], y[1], k)
 
 
+def _float32(name: str, array: Array) -> Tensor:
+    with np.errstate(over="ignore"):
+        x = torch.from_numpy(np.ascontiguousarray(array, np.float32))
+    if not x.isfinite().all():
+        raise UsageError(f"{name} has values that are not finite or too large for float32.")
+    return x
+
+
 def _standardize(train: Array, test: Array) -> tuple[Array, Array]:
-    """Both arrays with the training columns' mean 0 and deviation 1; constant columns stay 0."""
-    mean, deviation = train.mean(0), train.std(0)
-    deviation[deviation == 0] = 1
-    return (train - mean) / deviation, (test - mean) / deviation
+    """Both arrays with the training columns' mean 0 and deviation 1; constant columns become 0."""
+    with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused by `_float32`
+        constant = train.max(0) == train.min(0)
+        scale = np.where(constant, 1, np.abs(train).max(0))  # no square of an entry is too large or too small
+        train, test = train / scale, test / scale
+        mean = np.where(constant, train[0], train.mean(0))
+        deviation = np.where(constant, 1, train.std(0))
+        return (train - mean) / deviation, (test - mean) / deviation
 
 
 # Standard tasks
@@ -139,6 +172,8 @@ def _sine(frequency: float) -> Dataset:
     generator = torch.Generator().manual_seed(SPLIT_SEED)
     x = 2 * torch.rand(10_000, 1, generator=generator) - 1
     y = torch.sin(frequency * x) + 0.01 * torch.randn(10_000, 1, generator=generator)
+    if not y.isfinite().all():
+        raise UsageError(f"--data sine:{frequency:g} is too fast for float32.")
     return Dataset(f"sine-{frequency:g}", "regression", x[:7000], y[:7000], x[7000:], y[7000:])
 
 
@@ -201,29 +236,46 @@ def _libsvm(path: Path) -> Dataset:
             x_train, y_train, x_test, y_test = load_svmlight_files([str(path), str(test_path)])
         else:
             x, y = load_svmlight_files([str(path)])
+            if len(y) < 2:
+                raise UsageError(f"{path} needs at least 2 rows, or a file {test_path.name} with test rows beside it.")
             x_train, x_test, y_train, y_test = train_test_split(x, y, test_size=0.2, random_state=SPLIT_SEED)
+        for file, y in ((path, y_train), (test_path, y_test)):
+            if not len(y):
+                raise UsageError(f"{file} has no rows.")
+        rows, features = x_train.shape[0] + x_test.shape[0], x_train.shape[1]
+        if rows * features > MAX_ENTRIES:
+            size = f"{rows:,} rows of {features:,} features"
+            raise UsageError(f"{path} has {size}: more than {MAX_ENTRIES:,} entries do not fit.")
+        x_train, x_test = _standardize(x_train.toarray(), x_test.toarray())
     labels = np.concatenate([y_train, y_test])
-    if (labels != labels.round()).any():
+    if not np.isfinite(labels).all() or (labels != labels.round()).any():
         raise UsageError(f"{path} has labels that are no whole numbers, so it is no classification task.")
     names, numbers = np.unique(labels, return_inverse=True)
-    x_train, x_test = _standardize(x_train.toarray(), x_test.toarray())
     cut = len(y_train)
-    return _classes(path.name, x_train, numbers[:cut], x_test, numbers[cut:], len(names))
+    return _classes(_shown(path), x_train, numbers[:cut], x_test, numbers[cut:], len(names))
 
 
 def _table(path: Path) -> Dataset:
     """Regression on the last column; a tenth of the rows is the test set; all columns are standardized."""
-    with _reading(path, "a table of numbers (columns split by spaces or commas, the target last)"):
-        with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as file:
-            delimiter = "," if "," in file.readline() else None
-        table = np.loadtxt(path, delimiter=delimiter, ndmin=2)
+    with _reading(path, "a table of numbers (columns split by spaces, commas or semicolons, the target last)"):
+        with (
+            gzip.open(path, "rt", encoding="utf-8-sig")
+            if path.suffix == ".gz"
+            else path.open(encoding="utf-8-sig") as file
+        ):
+            first = next((row for line in file if (row := line.partition("#")[0].strip())), "")
+        delimiter = next((mark for mark in ";," if mark in first), None)
+        words = [word for cell in first.split(delimiter) if (word := cell.strip()) and not _is_number(word)]
+        if words:
+            raise UsageError(f"{path} has {words[0]!r} in its first row: remove the header, and write numbers as 1.5.")
+        table = np.loadtxt(path, delimiter=delimiter, ndmin=2, encoding="utf-8-sig")
     if table.shape[0] < 10 or table.shape[1] < 2 or not np.isfinite(table).all():
         raise UsageError(f"{path} needs at least 10 rows and 2 columns of finite numbers.")
     table = table[np.random.default_rng(SPLIT_SEED).permutation(len(table))]
     cut = round(0.9 * len(table))
-    parts = [torch.from_numpy(a.astype(np.float32)) for a in _standardize(table[:cut], table[cut:])]
+    parts = [_float32(str(path), a) for a in _standardize(table[:cut], table[cut:])]
     (x_train, y_train), (x_test, y_test) = ((a[:, :-1].contiguous(), a[:, -1:].contiguous()) for a in parts)
-    return Dataset(path.name.split(".")[0], "regression", x_train, y_train, x_test, y_test)
+    return Dataset(_shown(path).split(".")[0], "regression", x_train, y_train, x_test, y_test)
 
 
 def _text(path: Path) -> Dataset:
@@ -235,7 +287,7 @@ def _text(path: Path) -> Dataset:
     vocabulary, numbers = np.unique(list(characters), return_inverse=True)
     cut = len(numbers) * 9 // 10
     (x_train, y_train), (x_test, y_test) = (_windows(part) for part in (numbers[:cut], numbers[cut:]))
-    return Dataset(path.stem, "text", x_train, y_train, x_test, y_test, len(vocabulary))
+    return Dataset(_shown(path.with_suffix("")), "text", x_train, y_train, x_test, y_test, len(vocabulary))
 
 
 def _windows(numbers: Array) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from types import TracebackType
 
 from rich.console import Console
@@ -40,9 +41,14 @@ def duration(seconds: float) -> str:
 
 def metric(value: float | None, name: str) -> str:
     """An accuracy in percent or a mean squared error."""
-    if value is None:
+    if value is None or math.isnan(value):
         return "–"
     return f"{value:.2%}" if name == "accuracy" else f"{value:.3g}"
+
+
+def best_metric(history: Sequence[Record], name: str) -> float:
+    """The best test metric on the way; NaN where there is none."""
+    return (max if name == "accuracy" else min)((r.metric for r in history if r.is_finite()), default=math.nan)
 
 
 class Display:
@@ -101,19 +107,19 @@ class Display:
 
     def _print(self, cells: tuple[str, ...], style: str | None = None) -> None:
         line = " ".join(cell.rjust(width) for cell, width in zip(cells, self.WIDTHS, strict=True))
-        self.console.print(line, style=style, highlight=False, soft_wrap=True)
+        self.console.print(line, style=style, soft_wrap=True)
 
 
 def summary(run: Run, status: str) -> Table:
     """The run in one table."""
     last, name = run.history[-1], run.data.metric
-    best = (max if name == "accuracy" else min)(r.metric for r in run.history)
-    table = Table(title=f"{status} after {last.epoch:.4g} epochs", title_justify="left", show_header=False)
+    epochs = f"{last.epoch:.4g} epoch" + ("" if last.epoch == 1 else "s")
+    table = Table(title=f"{status} after {epochs}", title_justify="left", show_header=False)
     held = run.best
     chosen = ((f"test {name} of the best on validation", metric(held.metric, name)),) if held else ()
     for label, value in (
         (f"test {name}", metric(last.metric, name)),
-        (f"best test {name}", metric(best, name)),
+        (f"best test {name}", metric(best_metric(run.history, name), name)),
         *chosen,
         ("train loss", number(last.train_loss)),
         ("steps", str(run.step)),

@@ -5,6 +5,12 @@ class UsageError(ValueError):
     """A wrong argument, setting or file, explained in one sentence."""
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether Python or PyTorch has found no room for an array."""
+    words = ("out of memory", "allocate memory", "not enough memory", "Storage size calculation overflowed")
+    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
+
+
 def choose(what: str, name: str, valid: list[str]) -> str:
     """Returns `name` if it is one of `valid`; the error names them all.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,7 @@ COLOURS = {
     "newton-krylov": "#0c8599",
     "newton-krylov-complex-step": "#66a3b0",
     "newton-cg": "#5c7cfa",
-    "distributed-newton": "#a61e4d",
+    "distributed-newton": "#82a80d",
     "hessian-free": "#343a40",
     "entropy-sgd": "#8f5e2b",
     "dc-asgd": "#868e96",
@@ -91,6 +92,28 @@ def panels(metric: str) -> list[Panel]:
     ]
 
 
+def line(axes: Any, x: Any, y: Any, **style: Any) -> None:
+    """A line, with a mark where it is a single point."""
+    axes.plot(x, y, marker="o" if np.isfinite(y).sum() == 1 else None, **style)
+
+
+def wrapped(title: str, inches: float) -> str:
+    """A title in lines that fit so wide a picture."""
+    return textwrap.fill(title, round(9 * inches), break_on_hyphens=False)
+
+
+def tell_if_empty(axes: Any) -> None:
+    """Says so where no number can be drawn."""
+    is_log = axes.get_yscale() == "log"
+    y = np.concatenate([drawn.get_ydata() for drawn in axes.lines])
+    if not (np.isfinite(y) & ((y > 0) | (not is_log))).any():
+        what = "no finite positive values" if is_log else "no finite values"
+        for drawn in axes.lines:
+            drawn.set_visible(False)
+        axes.set(xscale="linear", yscale="linear", xticks=[], yticks=[])
+        axes.text(0.5, 0.5, what, transform=axes.transAxes, ha="center", va="center", color="#5b6675")
+
+
 def plot_run(history: Sequence[Record], metric: str, path: Path) -> None:
     """Draws `curves.png` of one run: losses, the test metric and, for Newton methods, the damping."""
     with matplotlib.rc_context(STYLE):
@@ -98,17 +121,18 @@ def plot_run(history: Sequence[Record], metric: str, path: Path) -> None:
         figure = Figure(figsize=(12 if damped else 8.4, 3.6), layout="constrained")
         axes = figure.subplots(1, 3 if damped else 2)
         epochs = [r.epoch for r in history]
-        axes[0].plot(epochs, [r.train_loss for r in history], color="#1f5fd0", label="training")
-        axes[0].plot(epochs, [r.test_loss for r in history], color="#d9480f", label="test")
         axes[0].set(title="Loss", yscale="log")
+        line(axes[0], epochs, [r.train_loss for r in history], color="#1f5fd0", label="training")
+        line(axes[0], epochs, [r.test_loss for r in history], color="#d9480f", label="test")
         axes[0].legend(frameon=False)
-        axes[1].plot(epochs, [r.metric for r in history], color="#d9480f")
         axes[1].set(title=f"Test {metric}", yscale="linear" if metric == "accuracy" else "log")
+        line(axes[1], epochs, [r.metric for r in history], color="#d9480f")
         if damped:
-            axes[2].plot([r.epoch for r in damped], [r.damping for r in damped], color="#1f5fd0")
+            line(axes[2], [r.epoch for r in damped], [r.damping for r in damped], color="#1f5fd0")
             axes[2].set(title="Damping λ", yscale="log")
         for axis in axes:
             axis.set_xlabel("epoch")
+            tell_if_empty(axis)
         figure.savefig(path, format="png", dpi=130)
 
 
@@ -133,7 +157,7 @@ def comparison_png(title: str, metric: str, curves: Sequence[Curves], floor: flo
             _draw(axes, panel, curves, floor)
         handles, labels = figure.axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=12)
-        figure.suptitle(title, x=0.01, ha="left", fontsize=14, fontweight="bold")
+        figure.suptitle(title, x=0.01, ha="left", fontsize=14, fontweight="bold", parse_math=False)
         figure.savefig(path, format="png", dpi=130)
 
 
@@ -149,14 +173,15 @@ def _draw(axes: Any, panel: Panel, curves: Iterable[Curves], floor: float) -> No
         colour = COLOURS[curve.method]
         lines = [_points(run, panel, floor) for run in curve.runs]
         for x, y in lines:
-            axes.plot(x, y, color=colour, linewidth=0.9, alpha=0.4)
-        axes.plot(*_median(lines), color=colour, linewidth=2.4, label=curve.method, solid_capstyle="round")
+            line(axes, x, y, color=colour, linewidth=0.9, alpha=0.4)
+        line(axes, *_median(lines), color=colour, linewidth=2.4, label=curve.method, solid_capstyle="round")
     if panel.y == "error":
         axes.invert_yaxis()
         bottom, top = axes.get_ylim()
         ticks = [e for e in (0.9, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005, 0.002, 0.001) if top <= e <= bottom]
         axes.set_yticks(ticks, [f"{100 * (1 - e):g} %" for e in ticks])
         axes.yaxis.set_minor_locator(NullLocator())
+    tell_if_empty(axes)
 
 
 def _points(run: Sequence[Record], panel: Panel, floor: float) -> tuple[Array, Array]:

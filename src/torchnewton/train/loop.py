@@ -54,7 +54,9 @@ class Record:
 
     @property
     def metric(self) -> float:
-        """Test accuracy, or the test loss where there is none."""
+        """Test accuracy, or the test loss where there is none; NaN once the model predicts no numbers."""
+        if not self.is_finite():
+            return math.nan
         return self.test_loss if self.test_accuracy is None else self.test_accuracy
 
     def is_finite(self) -> bool:

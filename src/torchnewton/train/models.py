@@ -69,11 +69,16 @@ _SMALLEST_IMAGE = {"cnn": 2, "lenet": 16, **{name: simplenn.smallest_image(name)
 _SIZES = {"mlp": "64-64", "sigmoid-mlp": "20-20-20"}
 
 
+def are_sizes(text: str) -> bool:
+    """Whether it is a list of sizes as in 256-256, each at most 10⁹."""
+    return all(size.isdecimal() and 0 < int(size) <= 10**9 for size in text.split("-"))
+
+
 def _hidden(spec: str) -> list[int]:
     sizes = spec.partition(":")[2]
     if not sizes:
         return []
-    if not all(size.isdecimal() and int(size) > 0 for size in sizes.split("-")):
+    if not are_sizes(sizes):
         raise UsageError(f"--model {spec} is not understood: write the hidden sizes as mlp:256-256.")
     return [int(size) for size in sizes.split("-")]
 

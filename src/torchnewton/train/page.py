@@ -8,7 +8,7 @@ from typing import Any
 
 import jinja2
 
-from torchnewton.train.checkpoint import to_json, write_atomically
+from torchnewton.train.checkpoint import to_json, write_atomically, write_text
 from torchnewton.train.compare import HEADERS, Comparison, Entry, Result, rows
 from torchnewton.train.display import metric, number
 from torchnewton.train.figures import COLOURS, Curves, comparison_png, panel_svg, panels
@@ -20,10 +20,9 @@ def write_page(comparison: Comparison, folder: Path) -> None:
     """Writes the three files into `folder`."""
     curves = [Curves(e.method, [r.history for r in e.results]) for e in comparison.entries]
     name, floor = comparison.data.metric, 0.5 / len(comparison.data.y_test)
-    write_atomically(folder / "compare.json", lambda p: p.write_text(to_json(_raw(comparison), indent=1) + "\n"))
+    write_text(folder / "compare.json", to_json(_raw(comparison), indent=1) + "\n")
     figures = [panel_svg(panel, curves, floor) for panel in panels(name)]
-    html = _html(comparison, figures)
-    write_atomically(folder / "compare.html", lambda p: p.write_text(html, encoding="utf-8"))
+    write_text(folder / "compare.html", _html(comparison, figures))
     write_atomically(folder / "compare.png", lambda p: comparison_png(title(comparison), name, curves, floor, p))
 
 

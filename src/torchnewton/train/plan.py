@@ -18,7 +18,7 @@ from torchnewton.record import Tape, record
 from torchnewton.train.data import Dataset
 from torchnewton.train.exchanges import MODES, Network, Step, exchanges, total
 from torchnewton.train.loop import loss_function
-from torchnewton.train.models import build
+from torchnewton.train.models import are_sizes, build
 
 VECTORS = 200.0  # operations that take as long as what an iteration of CG does with one entry of its vectors
 TENSORS = 0.5 * CALL  # and with one tensor, however small
@@ -170,8 +170,7 @@ def planner(
 
 def is_sizes(spec: str) -> bool:
     """Whether a model is given by its layer sizes."""
-    parts = spec.split("-")
-    return len(parts) > 1 and all(part.isdecimal() and int(part) > 0 for part in parts)
+    return "-" in spec and are_sizes(spec)
 
 
 def _task_of_sizes(spec: str, num_samples: int) -> tuple[str, Dataset]:

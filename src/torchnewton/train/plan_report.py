@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,17 +10,22 @@ from pathlib import Path
 import matplotlib
 import torch
 from matplotlib.figure import Figure
-from matplotlib.ticker import ScalarFormatter
+from matplotlib.ticker import NullLocator, ScalarFormatter
 
+from torchnewton.train.checkpoint import check_free, write_atomically
 from torchnewton.train.data import load
 from torchnewton.train.display import duration
 from torchnewton.train.errors import UsageError
 from torchnewton.train.exchanges import Network, Step
-from torchnewton.train.figures import STYLE
+from torchnewton.train.figures import STYLE, wrapped
 from torchnewton.train.plan import Row, is_sizes, planner
+from torchnewton.train.runs import MOST
 
 HEADERS = ["ranks", "mode", "MB", "messages", "computing", "exchanges", "step", ""]
-MAX_BANDWIDTH, MIN_LATENCY = 10_000.0, 0.01  # Gbit/s, µs
+MAX_BANDWIDTH, MIN_LATENCY, MAX_LATENCY = 10_000.0, 0.01, 1e9  # Gbit/s, µs
+MAX_RANKS, MAX_SLOW, MIN_FLOPS = 10**6, 1e6, 1e-3  # GFLOP/s
+PICTURES = (".svg", ".png", ".pdf")
+TICKS = 12  # at most so many ranks have their own
 _COLOURS = ["#1f5fd0", "#d9480f", "#2b8a3e", "#868e96"]
 
 
@@ -54,9 +60,13 @@ def predict(request: Request) -> list[Row]:
     Raises:
         UsageError: for an option that cannot be understood.
     """
-    ranks = [_number("ranks", word, whole=True) for word in request.ranks.split(",")]
+    ranks = _ranks(request.ranks)
     _check_network(request.bandwidth, request.latency)
-    rate = None if request.flops == "auto" else 1e9 * _number("flops", request.flops)
+    rate = None if request.flops == "auto" else 1e9 * _flops(request.flops)
+    if not 1 <= request.slow <= MAX_SLOW:
+        raise UsageError(f"--slow {request.slow:g}: give a number from 1 to {MAX_SLOW:,g}.")
+    if not 1 <= request.threads <= MOST["threads"]:
+        raise UsageError(f"--threads is {request.threads}: it has to be from 1 to {MOST['threads']}.")
     if request.data is None and not is_sizes(request.model):
         raise UsageError(f"--model {request.model} needs --data; layer sizes as in 784-1000-10 do not.")
     torch.set_num_threads(request.threads)
@@ -65,7 +75,7 @@ def predict(request: Request) -> list[Row]:
     plan = planner(
         request.model, data, step, Network(request.bandwidth * 1e9 / 8, request.latency * 1e-6), rate, request.slow
     )
-    return [plan.row(mode, int(n)) for n in ranks for mode in (plan.modes if n > 1 else ["exact"])]
+    return [plan.row(mode, n) for n in ranks for mode in (plan.modes if n > 1 else ["exact"])]
 
 
 def _check_network(bandwidth: float, latency: float) -> None:
@@ -74,19 +84,37 @@ def _check_network(bandwidth: float, latency: float) -> None:
         raise UsageError("--bandwidth must be positive and --latency must not be negative.")
     if bandwidth > MAX_BANDWIDTH:
         raise UsageError(f"--bandwidth {bandwidth:g}: it is in Gbit/s, at most {MAX_BANDWIDTH:,g}; 1e9 bit/s are 1.")
+    if latency > MAX_LATENCY:
+        raise UsageError(f"--latency {latency:g}: it is in µs, at most {MAX_LATENCY:,g}.")
     if 0 < latency < MIN_LATENCY:
         raise UsageError(f"--latency {latency:g}: it is in µs, at least {MIN_LATENCY:g}, or 0; 1e-4 s are 100.")
 
 
-def _number(option: str, word: str, whole: bool = False) -> float:
+def _ranks(text: str) -> list[int]:
+    """The numbers of a list, each once, in their order."""
+    for word in text.split(","):
+        if not (word.strip().isdecimal() and 1 <= int(word) <= MAX_RANKS):
+            raise UsageError(f"--ranks {word or text}: give whole numbers from 1 to {MAX_RANKS:,}, as in 1,2,4.")
+    return sorted({int(word) for word in text.split(",")})
+
+
+def _flops(word: str) -> float:
     try:
         found = float(word)
     except ValueError:
         found = 0.0
-    if not 0 < found < float("inf") or (whole and found != int(found)):
-        kind = "whole numbers, at least 1, as in 1,2,4" if whole else "a positive number, or auto"
-        raise UsageError(f"--{option} {word}: give {kind}.")
+    if not MIN_FLOPS <= found < math.inf:
+        raise UsageError(f"--flops {word}: give a positive number, or auto; at least {MIN_FLOPS:g} GFLOP/s.")
     return found
+
+
+def check_picture(path: Path) -> None:
+    """Refuses a name without a known ending, and a folder that is not there or cannot be written."""
+    if path.suffix not in PICTURES or path.is_dir():
+        raise UsageError(f"--out {path}: choose a file name that ends with {', '.join(PICTURES)}.")
+    if not path.parent.is_dir():
+        raise UsageError(f"--out {path}: there is no folder {path.parent}.")
+    check_free(path.parent, overwrite=True)
 
 
 def rows(found: Sequence[Row]) -> list[list[str]]:
@@ -128,8 +156,12 @@ def draw_plan(found: Sequence[Row], title: str, path: Path) -> None:
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.xaxis.set_major_formatter(ScalarFormatter())
+        ranks = sorted({row.ranks for row in found})
+        if len(ranks) <= TICKS:
+            axes.set_xticks(ranks, [str(n) for n in ranks])
+            axes.xaxis.set_minor_locator(NullLocator())
         axes.set_xlabel("ranks")
         axes.set_ylabel("seconds a step (dashed: computing)")
-        axes.set_title(title, fontsize=10)
+        axes.set_title(wrapped(title, 7.5), fontsize=10, parse_math=False)
         axes.legend(frameon=False)
-        figure.savefig(path)
+        write_atomically(path, lambda p: figure.savefig(p, format=path.suffix[1:]))

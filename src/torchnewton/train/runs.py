@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import math
 import platform
 import signal
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from rich.console import Console
+from rich.text import Text
 
 from torchnewton.distributed import Diagonalized, Quorum
 from torchnewton.optim import Newton
@@ -28,6 +29,15 @@ from torchnewton.train.loop import Budget, Run, train
 from torchnewton.train.methods import METHODS, default_batch_size, make_optimizer
 from torchnewton.train.prepare import prepared
 from torchnewton.train.ranks import is_launched, is_restarted, join
+
+MOST = {"lr": 1e30, "threads": 1024, "ranks": 1024}
+CAN_CHANGE = ("epochs", "seconds", "until_loss", "data", "data_dir", "device", "threads")  # in a resumed run
+
+
+def check_seed(seed: int) -> None:
+    """Refuses what PyTorch takes for no seed."""
+    if not 0 <= seed < 2**63:
+        raise UsageError(f"--seed is {seed}: it has to be a whole number from 0 to 2⁶³ − 1.")
 
 
 @dataclass(frozen=True)
@@ -64,15 +74,14 @@ class Settings:
         sizes = ("batch_size", "epochs", "threads", "samples", "test_samples", "ranks")
         for name in ("lr", "seconds", "until_loss", "C", *sizes):
             value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                option = name.replace("_", "-")
-                raise UsageError(f"--{option} is {value}: it has to be a positive number.")
+            if value is not None and not 0 < value <= MOST.get(name, sys.float_info.max):
+                most = f", at most {MOST[name]:g}" if name in MOST else ""
+                raise UsageError(f"--{name.replace('_', '-')} is {value}: it has to be a positive number{most}.")
         for name, high in (("subset", 1.0), ("validation", 0.9), ("quorum", 1.0)):
             value = getattr(self, name)
             if value is not None and not 0 < value <= high:
                 raise UsageError(f"--{name} is {value}: it has to be above 0 and at most {high:g}.")
-        if not 0 <= self.seed < 2**63:
-            raise UsageError(f"--seed is {self.seed}: it has to be a whole number from 0 to 2⁶³ − 1.")
+        check_seed(self.seed)
         if self.epochs and self.seconds:
             raise UsageError("Give --epochs or --seconds, not both.")
 
@@ -137,6 +146,8 @@ def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
+        if device.type == "meta":
+            raise RuntimeError("it computes nothing")
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"--device {name} is not available here: choose cpu, cuda, cuda:1 …") from error
     return device
@@ -165,57 +176,68 @@ def _version() -> str:
 def train_new(settings: Settings, out: str | None, overwrite: bool, console: Console) -> int:
     """Runs `settings` in a new folder, made after all is checked; returns the exit code."""
     if out is not None and is_restarted() and (Path(out) / "checkpoint.pt").is_file():
-        return train_resumed(out, settings.epochs, settings.seconds, settings.until_loss, console)
-    if out is not None and not is_launched():
-        check_free(Path(out), overwrite)
+        return train_resumed(out, {}, console)
+    if not is_launched():
+        check_free(Path(out or "runs"), overwrite or out is None)
     full, run = make_run(settings)
     if run.ranks.rank > 0:
         return _train_in(Nowhere(Path()), full, run, Console(quiet=True))
     stem = f"{run.data.name}-{full.model.replace(':', '-')}-{full.method}"
     folder = RunFolder(Path(out) if out is not None else free_name(stem))
     new_folder(folder.path, overwrite, (*folder.FILES, folder.BEST, *folder.SPECTRUM_FILES))
-    data_dir = str(Path(full.data_dir).resolve())
-    stored = asdict(replace(full, data=tasks.absolute(full.data), data_dir=data_dir))
-    folder.write_config({"settings": stored, "about": describe(run)})
+    folder.write_config({"settings": _to_store(full), "about": describe(run)})
     return _train_in(folder, full, run, console)
 
 
-def train_resumed(
-    path: str, epochs: int | None, seconds: float | None, until_loss: float | None, console: Console
-) -> int:
-    """Continues the run in folder `path`, with a new budget where one is given; returns the exit code."""
+def _to_store(settings: Settings) -> dict[str, Any]:
+    """The settings with full paths."""
+    data_dir = str(Path(settings.data_dir).resolve())
+    return asdict(replace(settings, data=tasks.absolute(settings.data), data_dir=data_dir))
+
+
+def train_resumed(path: str, changes: Mapping[str, Any], console: Console) -> int:
+    """Continues the run in folder `path` with `changes` of its settings; returns the exit code."""
     folder = RunFolder(Path(path))
-    config, settings = stored_settings(folder)
-    if epochs or seconds:
-        settings = replace(settings, epochs=epochs, seconds=seconds)
-    if until_loss:
-        settings = replace(settings, until_loss=until_loss)
-    settings, run = make_run(settings)
+    config, settings, run = resumed(folder, changes)
     if run.ranks.rank > 0:
-        folder.load_state(run)
         return _train_in(Nowhere(Path()), settings, run, Console(quiet=True))
-    folder.load(run)
-    if settings.budget.used(run) >= 1:
-        raise UsageError(f"The run in {path} has used its budget: give a larger --epochs or --seconds.")
-    if settings.budget.has_reached(run):
-        raise UsageError(f"The run in {path} has reached its training loss: give a smaller --until-loss.")
-    changed = {name: getattr(settings, name) for name in ("epochs", "seconds", "until_loss")}
-    folder.write_config({**config, "settings": {**config["settings"], **changed}})
+    folder.write_metrics(run)
+    folder.write_config({**config, "settings": _to_store(settings)})
     return _train_in(folder, settings, run, console)
+
+
+def resumed(folder: RunFolder, changes: Mapping[str, Any]) -> tuple[dict[str, Any], Settings, Run]:
+    """The stored configuration, the settings with `changes`, and the run where it ended; nothing is written."""
+    config, stored = stored_settings(folder)
+    if "data" in changes and not tasks.is_same_task(changes["data"], stored.data):
+        raise UsageError(f"--data can only say where the file of {stored.data} is now.")
+    budget = ("epochs", "seconds")
+    if any(name in changes for name in budget):
+        stored = replace(stored, epochs=None, seconds=None)
+    settings, run = make_run(replace(stored, **changes))
+    folder.load_state(run)
+    if settings.budget.used(run) >= 1:
+        raise UsageError(f"The run in {folder.path} has used its budget: give a larger --epochs or --seconds.")
+    if settings.budget.has_reached(run):
+        raise UsageError(f"The run in {folder.path} has reached its training loss: give a smaller --until-loss.")
+    return config, settings, run
 
 
 def stored_settings(folder: RunFolder) -> tuple[dict[str, Any], Settings]:
     """The content of a run folder's `config.json`, and the settings in it."""
     config = folder.read_config()
-    try:
-        return config, Settings(**config["settings"])
-    except TypeError as error:
-        raise UsageError(f"No run in {folder.path}: config.json has unknown settings.") from error
+    kinds, stored = get_type_hints(Settings), config["settings"]
+    for name, value in stored.items():
+        if name not in kinds:
+            raise UsageError(f"No run in {folder.path}: config.json has an unknown setting {name}.")
+        if not isinstance(value, kinds[name]) and not (type(value) is int and isinstance(0.5, kinds[name])):
+            raise UsageError(f"No run in {folder.path}: {value!r} in config.json is no value of {name}.")
+    return config, Settings(**stored)
 
 
 def _train_in(folder: RunFolder, settings: Settings, run: Run, console: Console) -> int:
     """Trains with a display, saving at every evaluation and at the end."""
-    console.print(_headline(settings, run), highlight=False, soft_wrap=True)
+    console.print(_headline(settings, run), soft_wrap=True)
     with _interruptible() as interrupted, Display(console, run, settings.budget) as display:
 
         def on_step(run: Run) -> bool:
@@ -240,21 +262,22 @@ def _train_in(folder: RunFolder, settings: Settings, run: Run, console: Console)
     console.print(summary(run, status))
     if settings.until_loss is not None and status == "finished":
         missed = f"The training loss did not reach {settings.until_loss:g}: give more --epochs or --seconds."
-        console.print(missed, highlight=False, soft_wrap=True)
+        console.print(missed, soft_wrap=True)
     files = (*folder.FILES, folder.BEST) if run.best else folder.FILES
     console.print(f"Saved in {folder.path}: {', '.join(files)}", soft_wrap=True)
-    return 0
+    return 1 if status == "diverged" else 0
 
 
-def _headline(settings: Settings, run: Run) -> str:
+def _headline(settings: Settings, run: Run) -> Text:
     lr = f", lr {settings.lr:g}" if settings.lr else ""
     if settings.subset:
         lr += f", curvature of {settings.subset:.3g} of them"
     parameters = sum(p.numel() for p in run.model.parameters())
     spread = f", {run.ranks.size} ranks" if run.ranks.size > 1 else ""
-    return (
-        f"[bold]{settings.method}[/] on {run.data.name}: {settings.model} with {parameters:,} parameters, "
-        f"{len(run.data.x_train):,} training samples, batch {settings.batch_size}{lr}{spread}, seed {settings.seed}"
+    return Text.assemble(
+        (settings.method, "bold"),
+        f" on {run.data.name}: {settings.model} with {parameters:,} parameters, "
+        f"{len(run.data.x_train):,} training samples, batch {settings.batch_size}{lr}{spread}, seed {settings.seed}",
     )
 
 

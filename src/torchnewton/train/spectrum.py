@@ -18,7 +18,7 @@ from torchnewton.train import data as tasks
 from torchnewton.train.checkpoint import RunFolder
 from torchnewton.train.errors import UsageError, choose
 from torchnewton.train.loop import Run, loss_function
-from torchnewton.train.runs import OF_THE_DATA, Settings, describe, make_run, stored_settings
+from torchnewton.train.runs import OF_THE_DATA, Settings, check_seed, describe, make_run, stored_settings
 from torchnewton.vectors import norm
 
 BATCH = 1000  # samples whose graph is kept at once
@@ -42,9 +42,10 @@ class Question:
 
     def __post_init__(self) -> None:
         choose("curvature", self.curvature, list(CURVATURES))
-        for name, least in (("samples", 1), ("probes", 2), ("iterations", 2), ("seed", 0)):
+        for name, least in (("samples", 1), ("probes", 2), ("iterations", 2)):
             if getattr(self, name) < least:
                 raise UsageError(f"--{name} is {getattr(self, name)}: it has to be at least {least}.")
+        check_seed(self.seed)
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,8 @@ class EndPoint:
 
     def setting(self, name: str) -> str:
         """One of the settings, in words."""
-        return str(getattr(self.settings, name))
+        value = str(getattr(self.settings, name))
+        return tasks.short(value) if name == "data" else value
 
     @property
     def largest(self) -> float:
@@ -90,8 +92,11 @@ def look_at(
     folders: Sequence[Path],
     question: Question,
     on_progress: Callable[[str, float], None] = lambda label, fraction: None,
+    device: str | None = None,
 ) -> list[EndPoint]:
-    """The end points of the runs in `folders`; `on_progress` is told the run and the fraction of all work.
+    """The end points of the runs in `folders`, on `device` or on that of each run.
+
+    `on_progress` is told the run and the fraction of all work.
 
     Raises:
         UsageError: if a folder holds no run, or its model has no finite loss or no curvature.
@@ -100,6 +105,7 @@ def look_at(
     runs = []
     for folder in folders:
         _, settings = stored_settings(RunFolder(folder))
+        settings = settings if device is None else replace(settings, device=device)
         key = tuple(getattr(settings, name) for name in OF_THE_DATA)
         settings, run = make_run(settings, loaded.get(key))
         loaded[key] = run.data
@@ -157,7 +163,7 @@ def groups(points: Sequence[EndPoint]) -> dict[str, list[EndPoint]]:
         found.setdefault(", ".join(point.setting(name) for name in names), []).append(point)
     if all(_differ_by_seed([p.settings for p in group]) for group in found.values()):
         return found
-    return {str(point.folder): [point] for point in points}
+    return {str(point.folder).encode(errors="backslashreplace").decode(): [point] for point in points}
 
 
 def _differ_by_seed(settings: Sequence[Settings]) -> bool:

@@ -16,7 +16,7 @@ from matplotlib.ticker import NullLocator
 from torchnewton.analysis.spectral import FLAT
 from torchnewton.analysis.spectral import FLAT_NAME as NAME
 from torchnewton.train.display import number
-from torchnewton.train.figures import COLOURS, STYLE
+from torchnewton.train.figures import COLOURS, STYLE, wrapped
 from torchnewton.train.spectrum import EndPoint
 
 WIDTH = 0.1  # of the kernel, in decades
@@ -47,7 +47,9 @@ def draw(title: str, groups: Mapping[str, Sequence[EndPoint]], form: str, path: 
             va="top",
             **_TEXT,
         )
-        figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold")
+        figure.suptitle(
+            wrapped(title, figure.get_figwidth()), x=0.01, ha="left", fontsize=13, fontweight="bold", parse_math=False
+        )
         panels[0].set_ylabel("share of eigenvalues per decade")
         panels[0].set_ylim(bottom=0.25 * one, top=30)
         figure.supxlabel("eigenvalue λ", fontsize=11)
@@ -70,7 +72,7 @@ def _panel(axes: Any, label: str, group: Sequence[EndPoint], one: float) -> None
         axes.plot(x, torch.maximum(y, floor).numpy(), color=colour, linewidth=1.3, alpha=alpha)
         ends = torch.cat([p.spectrum.largest.values, p.spectrum.smallest.values])
         axes.plot(ends.numpy(), [0.36 * one] * len(ends), "|", color=colour, ms=9, mew=1.1, alpha=alpha)
-    axes.set_title(label, color=colour)
+    axes.set_title(label, color=colour, parse_math=False)
     axes.annotate(_notes(group), (0.98, 0.97), xycoords="axes fraction", va="top", ha="right", **_TEXT)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from torchnewton.analysis.spectral import FLAT
 from torchnewton.analysis.spectral import FLAT_NAME as NAME
 from torchnewton.curvature import Estimate
-from torchnewton.train.checkpoint import to_json, write_atomically
+from torchnewton.train.checkpoint import to_json, write_atomically, write_text
 from torchnewton.train.display import number
 from torchnewton.train.spectrum import EndPoint, Question, groups
 from torchnewton.train.spectrum_figure import draw
@@ -101,7 +101,7 @@ def how(points: Sequence[EndPoint], question: Question) -> list[str]:
 
 def title(points: Sequence[EndPoint], question: Question) -> str:
     """What is seen, in one line."""
-    what = {f"{p.settings.model} on {p.settings.data} ({p.spectrum.size:,} parameters)" for p in points}
+    what = {f"{p.settings.model} on {p.setting('data')} ({p.spectrum.size:,} parameters)" for p in points}
     return f"Spectrum of the {_KINDS[question.curvature]}" + (f": {what.pop()}" if len(what) == 1 else "")
 
 
@@ -143,7 +143,6 @@ def _raw(p: EndPoint) -> dict[str, Any]:
 
 def write(points: Sequence[EndPoint], question: Question, command: str, folder: Path) -> None:
     """Writes `spectrum.json`, `spectrum.png` and `spectrum.svg`, each of them whole or not at all."""
-    text = to_json(raw(points, question, command), indent=1) + "\n"
-    write_atomically(folder / "spectrum.json", lambda p: p.write_text(text))
+    write_text(folder / "spectrum.json", to_json(raw(points, question, command), indent=1) + "\n")
     for form in ("png", "svg"):
         write_atomically(folder / f"spectrum.{form}", partial(draw, title(points, question), groups(points), form))
