@@ -1,9 +1,11 @@
 """Closure → tape: what a run of the user's unchanged closure tells."""
 
+from torchnewton.record.call import LayerCall
 from torchnewton.record.errors import UNDEFINED, RecordError, refuse_complex
 from torchnewton.record.over import Objective, Progress, Weights, over
+from torchnewton.record.pieces import Piece
 from torchnewton.record.plain import plain_gradient
-from torchnewton.record.recorder import LayerCall, outputs
+from torchnewton.record.recorder import outputs
 from torchnewton.record.replay import (
     BufferSnapshot,
     Closure,
@@ -16,7 +18,7 @@ from torchnewton.record.replay import (
 from torchnewton.record.samples import NotPerSampleError, PerSample
 from torchnewton.record.stream import StreamedTape, tape_of
 from torchnewton.record.tape import Tape, record
-from torchnewton.record.term import Piece, Term, warn_about_rest
+from torchnewton.record.term import Term, warn_about_rest
 
 __all__ = [
     "UNDEFINED",

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -15,10 +13,11 @@ from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function_unary
 
 from torchnewton.record.batch_norm import BatchNormCall
+from torchnewton.record.call import LayerCall, tensors_in
 from torchnewton.record.convolution import CONVOLUTIONS, ConvolutionCall
 from torchnewton.record.elementary import ELEMENTARY, NORMS, Elementary, is_complement
 from torchnewton.record.errors import RecordError
-from torchnewton.record.flops import flops, is_product
+from torchnewton.record.flops import is_product
 from torchnewton.record.graph import Edge, edge_of, grad
 from torchnewton.record.known_values import KnownCall
 from torchnewton.record.linear import LinearCall
@@ -34,7 +33,8 @@ from torchnewton.record.losses import (
     split_inputs,
 )
 from torchnewton.record.normalization import LayerNormCall
-from torchnewton.record.term import Candidate, Term
+from torchnewton.record.pieces import Candidate
+from torchnewton.record.term import Term
 
 _BACKWARD = {Tensor.backward, torch.autograd.backward}
 _IS_LIVE, _GRADIENT = (getattr(Tensor, name).__get__ for name in ("requires_grad", "grad"))
@@ -68,67 +68,6 @@ def outputs(z: Tensor) -> Tensor:
         marked: Tensor = handle_torch_function(outputs, (z,), z)
         return marked
     return z
-
-
-@dataclass(frozen=True, eq=False)
-class LayerCall:
-    """One call of a torch function that used parameters: its arguments as they were, and where its output stands.
-
-    A matrix product with what was made of parameters alone, as by `weight_norm`, is one, too.
-
-    `tensors` are the tensors among the arguments in their order, `parameters` the live parameters among them, `input`
-    the first other one. `exact` is False where autocast has changed the numbers.
-    """
-
-    function: Function
-    args: Sequence[Any]
-    kwargs: Mapping[str, Any]
-    tensors: tuple[Tensor, ...]
-    parameters: tuple[Tensor, ...]
-    edge: Edge
-    output_shape: torch.Size
-    exact: bool
-
-    @property
-    def input(self) -> Tensor | None:
-        """The first tensor that is no parameter."""
-        used = {id(p) for p in self.parameters}
-        return next((t for t in self.tensors if id(t) not in used), None)
-
-    @property
-    def flops(self) -> float:
-        """Operations of its matrix products; 0 for what is none, as a lookup in a table."""
-        return flops(self.function, self.args, self.kwargs, self.output_shape)
-
-    def __call__(self, tensors: Sequence[Tensor]) -> Tensor:
-        """The same call with other tensors in the place of `self.tensors`."""
-        parts = iter(tensors)
-        args = replaced(self.args, parts)
-        kwargs = dict(zip(self.kwargs, replaced(self.kwargs.values(), parts), strict=True))
-        output: Tensor = self.function(*args, **kwargs)
-        return output
-
-
-def replaced(values: Any, parts: Iterator[Tensor]) -> list[Any]:
-    """The call arguments with their tensors taken from `parts` in the order of `tensors_in`."""
-    new: list[Any] = []
-    for value in values:
-        if isinstance(value, Tensor):
-            new.append(next(parts))
-        elif isinstance(value, (list, tuple)):
-            new.append(type(value)(next(parts) if isinstance(item, Tensor) else item for item in value))
-        else:
-            new.append(value)
-    return new
-
-
-def tensors_in(values: Sequence[Any] | Mapping[str, Any]) -> Iterator[Tensor]:
-    """The tensors among call arguments, one level of lists and tuples deep."""
-    for value in values.values() if isinstance(values, Mapping) else values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, (list, tuple)):
-            yield from (item for item in value if isinstance(item, Tensor))
 
 
 class Watcher(TorchFunctionMode):
@@ -354,24 +293,3 @@ def _backward_arguments(
                 f"backward() was called on a tensor of shape {tuple(loss.shape)}: reduce it to a scalar loss."
             )
         yield loss, torch.ones_like(loss) if weight is None else weight
-
-
-@contextmanager
-def refuse_grad_scaler() -> Iterator[None]:
-    """Let `GradScaler.scale` inside a closure say why it cannot be used."""
-    owner, name = torch.amp.GradScaler, "scale"
-    original = getattr(owner, name)
-
-    def scale(self: torch.amp.GradScaler, losses: Any) -> Any:
-        if self.is_enabled():
-            raise RecordError(
-                "torch.amp.GradScaler scales the loss, which a Newton step cannot use: take bfloat16 autocast, which "
-                "needs no scaler, or GradScaler(enabled=False)."
-            )
-        return original(self, losses)
-
-    setattr(owner, name, scale)
-    try:
-        yield
-    finally:
-        setattr(owner, name, original)

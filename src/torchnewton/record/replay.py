@@ -234,3 +234,24 @@ def kept_gradients(params: Sequence[Tensor]) -> Iterator[None]:
     finally:
         for p, grad in saved:
             p.grad = grad
+
+
+@contextmanager
+def refuse_grad_scaler() -> Iterator[None]:
+    """Let `GradScaler.scale` inside a closure say why it cannot be used."""
+    owner, name = torch.amp.GradScaler, "scale"
+    original = getattr(owner, name)
+
+    def scale(self: torch.amp.GradScaler, losses: Any) -> Any:
+        if self.is_enabled():
+            raise RecordError(
+                "torch.amp.GradScaler scales the loss, which a Newton step cannot use: take bfloat16 autocast, which "
+                "needs no scaler, or GradScaler(enabled=False)."
+            )
+        return original(self, losses)
+
+    setattr(owner, name, scale)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from torchnewton.record.call import replaced, tensors_in
 from torchnewton.record.losses import Function
-from torchnewton.record.recorder import Recorder, replaced, tensors_in
+from torchnewton.record.recorder import Recorder
 
 
 class NotPerSampleError(RuntimeError):

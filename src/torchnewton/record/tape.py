@@ -11,21 +11,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchnewton.record.call import LayerCall
 from torchnewton.record.errors import RecordError, refuse_complex
 from torchnewton.record.graph import Edge
-from torchnewton.record.recorder import LayerCall, OutputsWatcher, Place, Recorder, Watcher, refuse_grad_scaler
+from torchnewton.record.pieces import Candidate, Piece
+from torchnewton.record.recorder import OutputsWatcher, Place, Recorder, Watcher
 from torchnewton.record.replay import (
     BufferSnapshot,
     Closure,
     RandomState,
     differentiable_kernels,
     kept_gradients,
+    refuse_grad_scaler,
     same_random_numbers,
     scratch_buffers,
     without_graph,
 )
 from torchnewton.record.samples import NotPerSampleError, PerSample
-from torchnewton.record.term import Candidate, Piece, Term
+from torchnewton.record.term import Term
 
 
 @dataclass(frozen=True, eq=False)
