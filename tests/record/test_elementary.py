@@ -145,6 +145,7 @@ def test_positive_semidefinite(model, name):
         lambda z: (torch.distributions.Categorical(logits=z).log_prob(LABELS) * Y[:, 0]).mean(),
         lambda z: z.mean(),
         lambda z: torch.log(1 - z.softmax(1)).mean(),
+        lambda z: -torch.log1p(-0.5 * z.softmax(1)).square().mean(),
         lambda z: torch.linalg.norm(z - Y, 2),  # spectral
         lambda z: z.prod(),
     ],

@@ -77,7 +77,7 @@ class Elementary:
                 return None
             behind = activations.get(z.grad_fn) if z.grad_fn is not None else None
             return cls(behind[1] if behind is not None and behind[0] in NORMS else z, 1.0)
-        if func in _LOGS:
+        if func in _LOGS and "1p" not in func.__name__:
             source = activation_behind(z, ACTIVATIONS, activations, logs=1)
             return cls(z if source is None else source, -1.0)
         if func in _CONCAVE:
