@@ -85,8 +85,9 @@ class RegimeChoice:
     """`EXACT` where a factorization is cheap and its steps help on other data, else `PLANE`.
 
     A factorization is cheap where `Auto` finds one of at most `gradients` gradients or `flops` operations. A step on
-    the same data as the last is `EXACT` where it takes at most `patience` times that: nothing but digits is left to be
-    gained there, and these the plane does not give. The first is made in `PLANE`, since nothing is known of its data.
+    the same data as the last is `EXACT`, at up to `patience` times that cost where the closure takes derivatives: the
+    gradient of a physics-informed network costs more than is counted, and Kronecker factors know nothing of derivatives
+    by the points. The first is made in `PLANE`, since nothing is known of its data.
 
     Where a step comes with other data, the last one is judged on them: its new ratio r is the reduction there over
     the reduction predicted. An exact step fits its batch, noise included, and with noise that is no progress: new
@@ -131,7 +132,8 @@ class RegimeChoice:
         """With the answer whether exact steps can be had on the same data."""
         if state.exact or state.fixed is not None:
             return state
-        return replace(state, fixed=state.cheap or math.isfinite(self.price(tape, share, self.patience)))
+        patient = isinstance(tape, Tape) and tape.differentiates
+        return replace(state, fixed=state.cheap or (patient and math.isfinite(self.price(tape, share, self.patience))))
 
     def allows_plane(self, tape: Tape | StreamedTape) -> TypeGuard[Tape]:
         """Whether Kronecker factors can be made of this tape."""

@@ -157,7 +157,7 @@ class Recorder(Watcher):
         self.sizes: dict[Edge, torch.Size] = {}
         self.terms: list[Term] = []
         self.others: list[Tensor] = []
-        self.differentiates_parameters = False
+        self.differentiates = self.differentiates_parameters = False
         self.places: dict[Edge, Place] = {}
         self._ids = {id(p) for p in params}
         self._made: dict[int, Tensor] = {}  # of parameters alone
@@ -188,6 +188,7 @@ class Recorder(Watcher):
     def on_call(self, func: Function, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Run the call and keep it if it is a loss, an activation in front of one, or uses a parameter."""
         if func is torch.autograd.grad:
+            self.differentiates = True
             self.differentiates_parameters |= self._uses_parameter(args[1:2], kwargs)
         elif func in _EMBEDDINGS and kwargs.get("sparse", len(args) > 6 and args[6]):
             raise RecordError(

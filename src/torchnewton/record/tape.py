@@ -37,7 +37,8 @@ class Tape:
 
     The objective is a sum of `terms`, one for each `backward` call of the closure, or the returned loss alone. The
     tape keeps the graph alive: drop it when the step is done. `others` are parameters beside `params` whose gradients
-    a `backward` call of the closure has filled.
+    a `backward` call of the closure has filled. `differentiates` says that the closure takes derivatives itself, as of
+    a physics-informed network by its points, `differentiates_parameters` that it takes some by parameters.
     """
 
     closure: Closure
@@ -53,6 +54,7 @@ class Tape:
     buffers: BufferSnapshot
     differentiates_parameters: bool
     others: list[Tensor]
+    differentiates: bool = False
 
     @cached_property
     def loss(self) -> Tensor:
@@ -242,6 +244,7 @@ def record(closure: Closure, params: Sequence[Tensor], *, create_graph: bool = T
         buffers=buffers,
         differentiates_parameters=recorder.differentiates_parameters,
         others=recorder.others,
+        differentiates=recorder.differentiates,
     )
 
 
