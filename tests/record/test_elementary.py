@@ -183,6 +183,7 @@ def test_penalties_are_left_to_weight_decay(model):
     tape = tn.record(lambda: ((model(X) - Y) ** 2).mean() + squares(), params)
     assert len(tape.pieces) == 1
     assert tape.lacks_curvature
+    assert tn.GaussNewton(tape).can_factor()  # the penalties are not in the replay by samples
     alone = tn.record(squares, params)
     assert_close(tn.GaussNewton(alone).to_dense(), 2 * torch.eye(43, dtype=torch.float64))
 

@@ -70,6 +70,10 @@ def outputs(z: Tensor) -> Tensor:
     return z
 
 
+_NUMBERED = {*LOSSES, *ACTIVATIONS, *ELEMENTARY, outputs}
+Place = tuple[int, int]  # of a tensor: the number of a loss or activation call, and which of its tensors
+
+
 class Watcher(TorchFunctionMode):
     """Intercepts what every run of a closure needs: `backward` calls become terms of the objective, nothing more."""
 
@@ -77,6 +81,7 @@ class Watcher(TorchFunctionMode):
         super().__init__()
         self.backward_values: list[Tensor] = []
         self._shown: dict[int, Tensor | None] = {}
+        self._number = 0  # of the next call that may be a loss or stand in front of one
 
     def pretend(self, params: Sequence[Tensor], gradient: Sequence[Tensor] | None) -> None:
         """Let a closure that asks see live parameters, and `gradient` (else zeros) after it has called `backward`.
@@ -107,6 +112,10 @@ class Watcher(TorchFunctionMode):
             return None
         if func in (_IS_LIVE, _GRADIENT) and id(args[0]) in self._shown:
             return self._pretended(func, args[0])
+        if func in _NUMBERED:
+            for k, tensor in enumerate([*tensors_in(args), *tensors_in(kwargs)]):
+                self.on_place((self._number, k), tensor)
+            self._number += 1
         if func in _RECURRENT:  # cuDNN's recurrent kernels have no second derivative
             with torch.backends.cudnn.flags(enabled=False):
                 return self.on_call(func, args, kwargs)
@@ -115,13 +124,12 @@ class Watcher(TorchFunctionMode):
     def on_backward(self, loss: Tensor, weight: Tensor) -> None:
         """A `backward` call was made."""
 
+    def on_place(self, place: Place, tensor: Tensor) -> None:
+        """A tensor goes into a loss or into what may stand in front of one; the same place in every run."""
+
     def on_call(self, func: Function, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Any other call was made: run it."""
         return args[0] if func is outputs else func(*args, **kwargs)
-
-
-_NUMBERED = {*LOSSES, *ACTIVATIONS, *ELEMENTARY, outputs}
-Place = tuple[int, int]  # of a tensor: the number of a loss or activation call, and which of its tensors
 
 
 class OutputsWatcher(Watcher):
@@ -131,16 +139,11 @@ class OutputsWatcher(Watcher):
         super().__init__()
         self.found: dict[Place, Tensor] = {}
         self._wanted = set(places)
-        self._number = 0
 
-    def on_call(self, func: Function, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """Run the call; keep a copy, since the closure may go on in place."""
-        if func in _NUMBERED:
-            for k, tensor in enumerate([*tensors_in(args), *tensors_in(kwargs)]):
-                if (self._number, k) in self._wanted:
-                    self.found[self._number, k] = tensor.detach().clone()
-            self._number += 1
-        return super().on_call(func, args, kwargs)
+    def on_place(self, place: Place, tensor: Tensor) -> None:
+        """Keep a copy, since the closure may go on in place."""
+        if place in self._wanted:
+            self.found[place] = tensor.detach().clone()
 
 
 class Recorder(Watcher):
@@ -162,7 +165,6 @@ class Recorder(Watcher):
         self._ids = {id(p) for p in params}
         self._made: dict[int, Tensor] = {}  # of parameters alone
         self._seen: dict[int, Place] = {}
-        self._number = 0
         self._activations: dict[Node, tuple[Function, Tensor]] = {}
 
     def on_backward(self, loss: Tensor, weight: Tensor) -> None:
@@ -185,6 +187,10 @@ class Recorder(Watcher):
         self.terms.append(term)
         return term
 
+    def on_place(self, place: Place, tensor: Tensor) -> None:
+        """Remember it."""
+        self._seen[id(tensor)] = place
+
     def on_call(self, func: Function, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Run the call and keep it if it is a loss, an activation in front of one, or uses a parameter."""
         if func is torch.autograd.grad:
@@ -195,10 +201,6 @@ class Recorder(Watcher):
                 "an embedding with sparse=True gives sparse gradients, which have no curvature products: build it "
                 "with sparse=False."
             )
-        if func in _NUMBERED:
-            tensors = enumerate([*tensors_in(args), *tensors_in(kwargs)])
-            self._seen.update({id(tensor): (self._number, k) for k, tensor in tensors})
-            self._number += 1
         result = super().on_call(func, args, kwargs)
         output = result if isinstance(result, Tensor) else next(tensors_in([result]), None)
         if output is not None and output.grad_fn is not None:

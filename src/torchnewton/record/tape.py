@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor
 from torchnewton.record.call import LayerCall
 from torchnewton.record.errors import RecordError, refuse_complex
 from torchnewton.record.graph import Edge
-from torchnewton.record.pieces import Candidate, Piece
+from torchnewton.record.pieces import Piece
 from torchnewton.record.recorder import OutputsWatcher, Place, Recorder, Watcher
 from torchnewton.record.replay import (
     BufferSnapshot,
@@ -44,8 +44,6 @@ class Tape:
     closure: Closure
     params: list[Tensor]
     terms: list[Term]
-    candidates: list[Candidate]
-    marked: list[Candidate]
     layer_calls: list[LayerCall]
     sizes: dict[Edge, torch.Size]
     places: dict[Edge, Place]
@@ -134,10 +132,7 @@ class Tape:
         edges = [edge for term in self.terms for edge in term.edges]
         watcher = OutputsWatcher(self.places[edge] for edge in edges)
         self._replay(watcher)
-        try:
-            return [watcher.found[self.places[edge]] for edge in edges]
-        except KeyError as error:
-            raise RecordError("the losses of the closure differ from those of its recorded run") from error
+        return self._at_places(watcher.found)
 
     def per_sample(self) -> tuple[list[Tensor], PerSample]:
         """The outputs once more, and the replay that takes them apart into samples.
@@ -154,12 +149,19 @@ class Tape:
 
     def _counterparts(self, replay: PerSample) -> list[Tensor]:
         """The tensors of a replay that stand where the outputs stood in the recorded run."""
-        before = [edge for c in self.candidates + self.marked for edge in c.edges]
-        after = [z for c in replay.candidates + replay.marked for z in c.outputs]
-        if len(before) != len(after):
-            raise RecordError("the losses of the closure differ from those of its recorded run")
-        again = dict(zip(before, after, strict=True))
-        return [again[edge] for term in self.terms for edge in term.edges]
+        again = {
+            replay.places[edge]: z
+            for c in replay.candidates + replay.marked
+            for edge, z in zip(c.edges, c.outputs, strict=True)
+        }
+        return self._at_places(again)
+
+    def _at_places(self, found: Mapping[Place, Tensor]) -> list[Tensor]:
+        """The outputs of another run, by what it found where."""
+        try:
+            return [found[self.places[edge]] for term in self.terms for edge in term.edges]
+        except KeyError as error:
+            raise RecordError("the losses of the closure differ from those of its recorded run") from error
 
     def _replay(self, watcher: Watcher) -> Any:
         watcher.pretend(self.params, self.__dict__.get("gradient"))
@@ -234,8 +236,6 @@ def record(closure: Closure, params: Sequence[Tensor], *, create_graph: bool = T
         closure=closure,
         params=params,
         terms=recorder.terms,
-        candidates=recorder.candidates,
-        marked=recorder.marked,
         layer_calls=recorder.layer_calls,
         sizes=recorder.sizes,
         places=recorder.places,
