@@ -31,7 +31,7 @@ $(VENV)/.bench: pyproject.toml constraints.txt | $(VENV)/bin/python
 
 demo: $(VENV)/.cli
 	$(BIN)/torchnewton train --out runs/demo --overwrite
-	$(BIN)/torchnewton compare --data sine --methods newton,lbfgs,adam,sgd --seconds 1.5 --seeds 3 --target 1.1e-4 \
+	$(BIN)/torchnewton compare --data sine --methods newton,lbfgs,adam,sgd --seconds 3 --seeds 3 --target 1.1e-4 \
 		--out runs/demo-compare --overwrite
 	@echo "The pictures: runs/demo/curves.png, runs/demo-compare/compare.html and compare.png"
 
