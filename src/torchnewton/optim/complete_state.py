@@ -52,6 +52,11 @@ class CompleteState(Optimizer):
         given = {name: options[name] for name in _RANGES if options.get(name) is not None}
         check_ranges(type(self).__name__, **{name: (value, *_RANGES[name]) for name, value in given.items()})
 
+    def _places(self, params: Iterable[Tensor]) -> tuple[int, ...]:
+        """Where these are among all parameters."""
+        places = {p: i for i, p in enumerate(p for group in self.param_groups for p in group["params"])}
+        return tuple(places[p] for p in params)
+
     def __getstate__(self) -> State:
         return dict(self.__dict__)
 

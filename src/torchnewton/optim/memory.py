@@ -162,11 +162,6 @@ class Remembers(CompleteState):
 
         return undo
 
-    def _places(self, params: Iterable[Tensor]) -> tuple[int, ...]:
-        """Where these are among all parameters."""
-        places = {p: i for i, p in enumerate(p for group in self.param_groups for p in group["params"])}
-        return tuple(places[p] for p in params)
-
     def _notice(self, trained: tuple[int, ...]) -> None:
         """Where other parameters are trained than in the last step, forget what was learned of those."""
         memory = self._memory

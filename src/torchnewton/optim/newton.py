@@ -114,7 +114,7 @@ class Newton(Flagship):
         process_group: DataParallel | dist.ProcessGroup | None = None,
     ) -> None:
         name = type(self).__name__
-        check_ranges(name, momentum=(momentum, 0, 1), weight_decay=(weight_decay, 0, math.inf))
+        check_ranges(name, momentum=(momentum, 0, 1))
         check_curvature(name, GaussNewton if curvature is None else curvature)
         damping = None if damping is None else as_rule(damping, ConstantDamping)
         check_parts(name, solver=solver, damping=damping, preconditioner=preconditioner, acceleration=acceleration)
@@ -147,12 +147,6 @@ class Newton(Flagship):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_buffers": None}  # which would bring the modules along
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """See `torch.optim.Optimizer.add_param_group`."""
-        weight_decay = param_group.get("weight_decay", self.defaults["weight_decay"])
-        check_ranges(type(self).__name__, weight_decay=(weight_decay, 0, math.inf))
-        super().add_param_group(param_group)
 
     @property
     def radius(self) -> float:

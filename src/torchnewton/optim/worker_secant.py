@@ -226,11 +226,6 @@ class WorkerSecant(CompleteState):
         # copies: the next worker of this process moves the same tensors
         return LocalRun(vectors.flatten(params).clone(), vectors.flatten(gradient), told, torch.cat(statistics).clone())
 
-    def _places(self, params: list[Tensor]) -> tuple[int, ...]:
-        """Where these are among all parameters: the rounds are of flat vectors of them."""
-        places = {p: i for i, p in enumerate(p for group in self.param_groups for p in group["params"])}
-        return tuple(places[p] for p in params)
-
     @property
     def _memory(self) -> dict[str, Any]:
         state: dict[str, Any] = self.state[first_parameter(self)]
